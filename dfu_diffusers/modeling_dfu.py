@@ -1,0 +1,598 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The Dual-FNO UNet (DFU): a denoiser whose weights mean the same at every height and width.
+
+Havrilla, Rojas, Liao, Tao, "DFU: scale-robust diffusion model for zero-shot super-resolution image generation",
+arXiv 2401.06144. Each layer joins a 3x3 convolution, fixed in pixels, with a Fourier layer (Li et al., arXiv
+2010.08895), fixed in cycles per image; around them stands the DDPM++ UNet of EDM (Karras et al., arXiv 2206.00364).
+
+Conventions, held by tests/test_modeling_dfu.py and the slow twins in tests/reference:
+    grid          pixel j of N is the cell around (j + 1/2) / N of the unit interval
+    coefficients  c(k, l) = 1/(HW) sum v(i, j) exp(-2 pi i (k y_i + l x_j)), the same on every grid that resolves v
+    modes (r, c)  rows k = -r .. r-1, columns l = 0 .. c-1; only those below the Nyquist frequency take part
+
+This file imports torch and diffusers only, so that it can travel inside a Hub repository.
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+SQRT_HALF = math.sqrt(0.5)
+NEAR_ZERO = 1e-5  # scale of the initial weights of layers that should start as if they were absent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spectral convolution
+
+
+def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, device, dtype):
+    """Real matrices of the truncated, pixel-centred DFT from grid `size` and its inverse onto grid `new_size`.
+
+    With K rows and L columns of modes kept, the matrices act on channels-last data, axis by axis:
+        forward_w (2L, W)     real signal       -> [real | imaginary] of columns l
+        forward_h (2K, 2H)    (h, real/imag)    -> [real | imaginary] of rows k
+        inverse_h (2H', 4K)   [rr | ri | ir | ii] products of data and weight parts -> (h', real/imag)
+        inverse_w (W', 2L)    [real | imaginary] of columns l -> real signal
+    The 1/(HW), the half-pixel phases, the rule of complex multiplication and the double weight of columns l > 0 (each
+    stands for its conjugate twin, too) are all folded in.
+
+    Returns the four matrices, the first row of the weights that takes part, K and L.
+    """
+    (height, width), (new_height, new_width), (r, c) = size, new_size, modes
+    # Strictly below the Nyquist frequency of both grids: 2|k| < N.
+    limit_h, limit_w = (min(height, new_height) - 1) // 2, (min(width, new_width) - 1) // 2
+    first, last, columns = -min(r, limit_h), min(r - 1, limit_h), min(c, limit_w + 1)
+    k = torch.arange(first, last + 1, device=device)
+    l = torch.arange(columns, device=device)  # noqa: E741
+
+    def cos_sin(frequencies, n):
+        # 2 pi f (j + 1/2) / n = pi f (2j + 1) / n; reduced as integers, so that float32 is exact to its last bit.
+        phase = torch.outer(frequencies, 2 * torch.arange(n, device=device) + 1) % (2 * n)
+        angle = phase.to(torch.float64 if dtype == torch.float64 else torch.float32) * (math.pi / n)
+        return angle.cos(), angle.sin()
+
+    cos, sin = cos_sin(l, width)  # (L, W)
+    forward_w = torch.cat([cos, -sin]) / width
+    cos, sin = cos_sin(k, height)  # (K, H)
+    forward_h = torch.cat([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)]).flatten(1) / height
+    cos, sin = (part.T for part in cos_sin(k, new_height))  # (H', K)
+    inverse_h = torch.stack([torch.cat([cos, -sin, -sin, -cos], 1), torch.cat([sin, cos, cos, -sin], 1)], 1).flatten(0, 1)
+    cos, sin = (part.T for part in cos_sin(l, new_width))  # (W', L)
+    twice = torch.where(l > 0, 2, 1)
+    inverse_w = torch.cat([cos * twice, -sin * twice], 1)
+    matrices = tuple(matrix.to(dtype) for matrix in (forward_w, forward_h, inverse_h, inverse_w))
+    return matrices, first + r, last + 1 - first, columns
+
+
+@lru_cache(maxsize=256)
+def _cached_fourier_matrices(*key):
+    with torch.inference_mode(False):  # a tensor made in inference mode could never serve training
+        return _fourier_matrices(*key)
+
+
+class SpectralConv2d(nn.Module):
+    """Learned complex channel mixing of the lowest Fourier modes, y(k, l) = R(k, l) x(k, l) (Li et al., eq. 4-5).
+
+    The kept modes are found, mixed and evaluated on the output grid by small real matrix products, never by a full
+    FFT; evaluating them on another grid *is* the resampling. Works at every size from 1x1, in any floating dtype.
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        modes: (r, c): rows k = -r .. r-1 and columns l = 0 .. c-1, in cycles per image. An int k means (k, k + 1), the
+            same band on both axes.
+        init_scale: factor on the initial weights. At 1 a band-limited input keeps its power.
+
+    Attributes:
+        weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R.
+
+    Raises:
+        ValueError: modes that are not one or two positive integers.
+
+    Shape: (batch, in_channels, H, W) -> (batch, out_channels, H', W'); H', W' = `size`, by default H, W.
+
+    >>> layer = SpectralConv2d(3, 8, modes=(4, 3))
+    >>> layer(torch.randn(2, 3, 17, 23)).shape, layer(torch.randn(2, 3, 1, 5), size=(9, 4)).shape
+    (torch.Size([2, 8, 17, 23]), torch.Size([2, 8, 9, 4]))
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, modes: int | tuple[int, int], init_scale: float = 1.0):
+        super().__init__()
+        self.in_channels, self.out_channels, self.modes = in_channels, out_channels, _parse_modes(modes)
+        r, c = self.modes
+        self.weight = nn.Parameter(torch.empty(2 * r * c, in_channels, 2 * out_channels))
+        nn.init.normal_(self.weight, std=init_scale / math.sqrt(2 * in_channels))
+
+    def forward(
+        self, x: torch.Tensor, size: tuple[int, int] | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Args: x (batch, in_channels, H, W); size (H', W'); residual (batch, out_channels, H', W'), a tensor that
+        nobody else needs: the result is accumulated into it, which saves a pass over memory."""
+        batch, _, height, width = x.shape
+        new_height, new_width = size = tuple(size or (height, width))
+        x = x.to(_compute_dtype(x))
+        key = ((height, width), size, self.modes, x.device, x.dtype)
+        # A compiled graph holds the construction itself: cached tensors would be inputs that force recompilation.
+        fourier_matrices = _fourier_matrices if torch.compiler.is_compiling() else _cached_fourier_matrices
+        (forward_w, forward_h, inverse_h, inverse_w), first, rows, columns = fourier_matrices(*key)
+
+        # 1. Kept modes of the input: along W, then along H.
+        x = x.permute(0, 2, 3, 1).reshape(batch * height, width, self.in_channels)
+        x = torch.bmm(forward_w.expand(batch * height, -1, -1), x)  # (b h, 2L, in)
+        x = x.view(batch, 2 * height, columns * self.in_channels)
+        x = torch.bmm(forward_h.expand(batch, -1, -1), x)  # (b, 2K, L in)
+        # 2. Channel mixing: one real matrix product per mode gives all four products of real and imaginary parts.
+        x = x.view(batch, 2, rows, columns, self.in_channels).permute(2, 3, 1, 0, 4)
+        x = torch.bmm(x.reshape(rows * columns, 2 * batch, self.in_channels), self._weight(first, rows, columns, x.dtype))
+        # 3. Onto the output grid: along H', then along W'.
+        x = x.view(rows, columns, 2, batch, 2, self.out_channels).permute(3, 2, 4, 0, 1, 5)
+        x = x.reshape(batch, 4 * rows, columns * self.out_channels)
+        x = torch.bmm(inverse_h.expand(batch, -1, -1), x)  # (b, 2H', L out)
+        x = x.view(batch * new_height, 2 * columns, self.out_channels)
+        inverse_w = inverse_w.expand(batch * new_height, -1, -1)
+        if residual is None:
+            x = torch.bmm(inverse_w, x)
+        else:
+            residual = residual.permute(0, 2, 3, 1).reshape(batch * new_height, new_width, self.out_channels)
+            x = residual.baddbmm_(inverse_w, x)
+        return x.view(batch, new_height, new_width, self.out_channels).permute(0, 3, 1, 2)
+
+    def _weight(self, first: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Weights of the modes that take part, (rows * columns, in, 2 out)."""
+        r, c = self.modes
+        weight = self.weight
+        if (rows, columns) != (2 * r, c):
+            weight = weight.view(2 * r, c, *weight.shape[1:])[first : first + rows, :columns].flatten(0, 1)
+        return weight.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, modes={self.modes}"
+
+
+def _parse_modes(modes) -> tuple[int, int]:
+    pair = (modes, modes + 1) if isinstance(modes, int) else tuple(modes)
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
+        raise ValueError(
+            f"Fourier modes must be (rows, columns), two integers of at least 1, or one integer k for (k, k + 1), "
+            f"but got {modes!r}. Use None for a level without a spectral path."
+        )
+    return pair
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a matrix product on x runs: autocast lowers everything but float64."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spatial resampling and the dual convolution
+
+
+def _area_resize(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
+    """Exact area average along `dim` onto n <= N cells: each pixel counts by the share of it that a cell covers."""
+    old = x.shape[dim]
+    if old == n:
+        return x
+    if old % n == 0:
+        return x.unflatten(dim, (n, old // n)).mean(dim + 1)
+    cells = torch.arange(n, device=x.device)
+    first = cells * old // n  # a cell covers [i N/n, (i+1) N/n), counted in units of 1/n pixel below
+    total = 0
+    for step in range(old // n + 2):
+        pixel = first + step
+        covered = torch.minimum((cells + 1) * old, (pixel + 1) * n) - torch.maximum(cells * old, pixel * n)
+        share = covered.clamp(min=0).to(x.dtype) / old
+        shape = [n if d == dim else 1 for d in range(x.ndim)]
+        total = total + x.index_select(dim, pixel.clamp(max=old - 1)) * share.view(shape)
+    return total
+
+
+def resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Move x (batch, channels, H, W) to the grid `size`: area average where it shrinks, nearest pixel centre where it
+    grows. Aligned with `SpectralConv2d`: a pixel is a cell, and cells keep their place on the unit square."""
+    height, width = x.shape[-2:]
+    if (height, width) == tuple(size):
+        return x
+    if height == 2 * size[0] and width == 2 * size[1]:
+        return F.avg_pool2d(x, 2)
+    x = _area_resize(_area_resize(x, min(height, size[0]), 2), min(width, size[1]), 3)
+    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size, mode="nearest-exact")
+
+
+class DualConv2d(nn.Module):
+    """u = conv3x3(v) + spectral(v): one part fixed in pixels, one fixed in cycles per image (arXiv 2401.06144, sec. 3).
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        modes: Fourier modes of the spectral part, see `SpectralConv2d`. None leaves it out.
+        conv_type: "dual", or only one part: "spatial" or "spectral".
+        init_scale: factor on the initial weights.
+
+    Raises:
+        ValueError: an unknown `conv_type`, or "spectral" without modes.
+
+    Shape: (batch, in_channels, H, W) -> (batch, out_channels, H', W'); H', W' = `size`, by default H, W. Both parts
+    resample to another size themselves: the spatial one before its convolution, by area average or nearest pixel.
+
+    >>> DualConv2d(3, 8, modes=4)(torch.randn(2, 3, 17, 23), size=(9, 12)).shape
+    torch.Size([2, 8, 9, 12])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        modes: int | tuple[int, int] | None,
+        conv_type: Literal["dual", "spatial", "spectral"] = "dual",
+        init_scale: float = 1.0,
+    ):
+        super().__init__()
+        _check_conv_type(conv_type)
+        if conv_type == "spectral" and modes is None:
+            raise ValueError("conv_type='spectral' needs Fourier modes, but got None: give modes or use 'dual'.")
+        self.spatial = self.spectral = None
+        if conv_type != "spectral":
+            self.spatial = _init_linear(nn.Conv2d(in_channels, out_channels, 3, padding=1), init_scale)
+        if conv_type != "spatial" and modes is not None:
+            self.spectral = SpectralConv2d(in_channels, out_channels, modes, init_scale)
+
+    def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Args: x (batch, in_channels, H, W); size (H', W') of the output."""
+        size = tuple(size or x.shape[-2:])
+        if self.spatial is None:
+            return self.spectral(x, size)
+        out = self.spatial(resample(x, size))
+        return out if self.spectral is None else self.spectral(x, size, residual=out)
+
+
+def _check_conv_type(conv_type: str) -> None:
+    if conv_type not in ("dual", "spatial", "spectral"):
+        raise ValueError(f"conv_type must be 'dual', 'spatial' or 'spectral', but got {conv_type!r}.")
+
+
+def _init_linear(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Xavier-uniform weights times `scale` and zero bias, as in EDM's DDPM++ (arXiv 2206.00364, appendix F)."""
+    nn.init.xavier_uniform_(layer.weight)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def _group_norm(channels: int, max_groups: int, eps: float) -> nn.GroupNorm:
+    """At least four channels to a group, at most `max_groups` groups, and a number that divides the channels."""
+    limit = max(1, min(max_groups, channels // 4))
+    return nn.GroupNorm(next(groups for groups in range(limit, 0, -1) if channels % groups == 0), channels, eps=eps)
+
+
+class DFUAttention(nn.Module):
+    """One-head self-attention over all pixels, added to its input (DDPM++)."""
+
+    def __init__(self, channels: int, norm_num_groups: int, norm_eps: float):
+        super().__init__()
+        self.norm = _group_norm(channels, norm_num_groups, norm_eps)
+        self.qkv = _init_linear(nn.Linear(channels, 3 * channels))
+        self.proj = _init_linear(nn.Linear(channels, channels), NEAR_ZERO)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(batch, 1, height * width, channels)  # (b, 1 head, hw, c)
+        query, key, value = self.qkv(tokens).chunk(3, dim=-1)
+        tokens = self.proj(F.scaled_dot_product_attention(query, key, value))
+        return (x + tokens.view(batch, height, width, channels).permute(0, 3, 1, 2)) * SQRT_HALF
+
+
+class DFUBlock(nn.Module):
+    """Residual block of two dual convolutions, the first of which may resample (DDPM++).
+
+    Args:
+        in_channels, out_channels, embedding_channels: channels of input, output and noise-level embedding.
+        level: index of the resolution level the block works on (0 is the full image); for those who freeze by level.
+        resample: "down" or "up" if the block joins two levels: the caller passes the size to go to.
+        attention: end with self-attention.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int,
+        modes,
+        conv_type: str,
+        level: int,
+        resample: Literal["down", "up"] | None,
+        attention: bool,
+        dropout: float,
+        norm_num_groups: int,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.level, self.resample, self.dropout = level, resample, dropout
+        self.norm1 = _group_norm(in_channels, norm_num_groups, norm_eps)
+        self.conv1 = DualConv2d(in_channels, out_channels, modes, conv_type)
+        self.embedding = _init_linear(nn.Linear(embedding_channels, out_channels))
+        self.norm2 = _group_norm(out_channels, norm_num_groups, norm_eps)
+        self.conv2 = DualConv2d(out_channels, out_channels, modes, conv_type, init_scale=NEAR_ZERO)
+        self.skip = None
+        if in_channels != out_channels or resample is not None:
+            self.skip = _init_linear(nn.Conv2d(in_channels, out_channels, 1))
+        self.attention = DFUAttention(out_channels, norm_num_groups, norm_eps) if attention else None
+
+    def forward(
+        self, x: torch.Tensor, embedding: torch.Tensor, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Args: x (batch, in_channels, H, W); embedding (batch, embedding_channels); size (H', W') of the output."""
+        size = tuple(size or x.shape[-2:])
+        h = self.conv1(F.silu(self.norm1(x)), size)
+        h = h + self.embedding(embedding)[:, :, None, None]
+        h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
+        h = self.conv2(h)
+        x = resample(x, size)
+        x = ((x if self.skip is None else self.skip(x)) + h) * SQRT_HALF
+        return x if self.attention is None else self.attention(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class DFUModel(ModelMixin, ConfigMixin):
+    """Dual-FNO UNet: takes a noisy image of any height and width >= 1 and returns the network output F of EDM.
+
+    A drop-in for `diffusers.UNet2DModel`. Each level halves both sides, rounding up; the decoder restores the exact
+    sizes. Non-square images are functions on the same unit square: modes count cycles per image on each axis.
+    The defaults are the FFHQ model of arXiv 2401.06144 without augmentation labels (630.6 M parameters, 569 M of them
+    spectral); smaller presets are in `examples/configs`.
+
+    Args:
+        sample_size: height and width, or one integer for both, that pipelines generate by default.
+        in_channels, out_channels: channels of the image.
+        block_out_channels: channels of each level, finest first; the first is even and at least 4.
+        layers_per_block: residual blocks of a level in the encoder; the decoder has one more.
+        fourier_modes: for each level (rows, columns) of modes, see `SpectralConv2d`, an int k for (k, k + 1), or None
+            for no spectral path. Modes that a grid cannot resolve take no part there.
+        conv_type: "dual"; "spatial" leaves out every spectral path (the paper's UNet baseline), "spectral" every 3x3
+            convolution (its FNO-UNet baseline; each level needs modes).
+        attention_levels: levels with self-attention in their encoder blocks and their last decoder block. The middle
+            block always has it.
+        dropout: probability in [0, 1) of zeroing a feature before a block's second convolution, while training.
+        norm_num_groups: most groups of a GroupNorm; a group has at least four channels.
+        norm_eps: epsilon of the GroupNorms.
+        num_class_embeds: number of classes, or None for an unconditional model.
+        num_augment_labels: number of augmentation labels (EDM's non-leaking augmentation has 9), zero at sampling.
+
+    Raises:
+        ValueError: an argument out of its range, or lists of levels that do not fit together.
+
+    >>> model = DFUModel(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(4, None), attention_levels=())
+    >>> model(torch.randn(2, 3, 13, 7), timestep=-0.5).sample.shape
+    torch.Size([2, 3, 13, 7])
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DFUBlock", "DualConv2d"]
+    _repeated_blocks = ["DFUBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 96,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (128, 256, 256, 256),
+        layers_per_block: int = 4,
+        fourier_modes: tuple[int | tuple[int, int] | None, ...] = ((16, 9), (8, 5), (4, 3), None),
+        conv_type: Literal["dual", "spatial", "spectral"] = "dual",
+        attention_levels: tuple[int, ...] = (2,),
+        dropout: float = 0.1,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-6,
+        num_class_embeds: int | None = None,
+        num_augment_labels: int = 0,
+    ):
+        super().__init__()
+        self._check_config()
+        channels, levels = block_out_channels, range(len(block_out_channels))
+        noise_channels, embedding_channels = channels[0], 4 * channels[0]
+
+        def conv(in_channels, out_channels, init_scale=1.0):
+            return DualConv2d(in_channels, out_channels, fourier_modes[0], conv_type, init_scale)
+
+        def block(in_channels, level, out_channels=None, resample=None, attention=False):
+            return DFUBlock(
+                in_channels, out_channels or channels[level], embedding_channels, fourier_modes[level], conv_type,
+                level, resample, attention, dropout, norm_num_groups, norm_eps,
+            )  # fmt: skip
+
+        # 1. embedding of noise level and labels
+        self.class_embedding = nn.Embedding(num_class_embeds, noise_channels) if num_class_embeds else None
+        self.augment_embedding = None
+        if num_augment_labels:
+            self.augment_embedding = _init_linear(nn.Linear(num_augment_labels, noise_channels, bias=False))
+        self.embedding_in = _init_linear(nn.Linear(noise_channels, embedding_channels))
+        self.embedding_out = _init_linear(nn.Linear(embedding_channels, embedding_channels))
+
+        # 2. encoder: every block leaves a skip connection of `skips[-1]` channels
+        self.conv_in = conv(in_channels, channels[0])
+        skips = [channels[0]]
+        self.down_blocks = nn.ModuleList()
+        for level in levels:
+            if level > 0:
+                self.down_blocks.append(block(skips[-1], level, out_channels=skips[-1], resample="down"))
+                skips.append(skips[-1])
+            for _ in range(layers_per_block):
+                self.down_blocks.append(block(skips[-1], level, attention=level in attention_levels))
+                skips.append(channels[level])
+
+        # 3. middle
+        self.mid_blocks = nn.ModuleList([block(channels[-1], levels[-1], attention=True), block(channels[-1], levels[-1])])
+
+        # 4. decoder: every block but the upsampling ones takes one skip connection
+        self.up_blocks = nn.ModuleList()
+        current = channels[-1]
+        for level in reversed(levels):
+            if level < levels[-1]:
+                self.up_blocks.append(block(current, level + 1, resample="up"))
+            for layer in range(layers_per_block + 1):
+                attention = level in attention_levels and layer == layers_per_block
+                self.up_blocks.append(block(current + skips.pop(), level, attention=attention))
+                current = channels[level]
+
+        # 5. output
+        self.norm_out = _group_norm(current, norm_num_groups, norm_eps)
+        self.conv_out = conv(current, out_channels, NEAR_ZERO)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        augment_labels: torch.Tensor | None = None,
+    ) -> UNet2DOutput | tuple:
+        """Evaluate the network.
+
+        Args:
+            sample: (batch, in_channels, height, width), scaled by the scheduler (c_in of EDM).
+            timestep: c_noise = ln(sigma) / 4, often negative, or the timestep of any other scheduler: a number, a
+                scalar tensor or one value per image. Never rounded.
+            class_labels: (batch,) integers in [0, num_class_embeds), for a class-conditional model.
+            return_dict: return a `UNet2DOutput` rather than a tuple.
+            augment_labels: (batch, num_augment_labels), None for zeros (an image that was not augmented).
+
+        Returns:
+            `UNet2DOutput` with `sample` (batch, out_channels, height, width), or a tuple of it.
+
+        Raises:
+            TypeError: a sample that is not a floating point tensor.
+            ValueError: a wrong number of dimensions or channels, missing, unexpected or out-of-range labels.
+        """
+        self._check_inputs(sample, class_labels, augment_labels)
+
+        # 1. noise level and labels
+        embedding = self._embed(sample, timestep, class_labels, augment_labels)
+
+        # 2. encoder
+        sample = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        skips = [sample]
+        for block in self.down_blocks:
+            height, width = sample.shape[-2:]
+            size = ((height + 1) // 2, (width + 1) // 2) if block.resample else (height, width)
+            sample = self._run(block, sample, embedding, size)
+            skips.append(sample)
+
+        # 3. middle
+        for block in self.mid_blocks:
+            sample = self._run(block, sample, embedding)
+
+        # 4. decoder
+        for block in self.up_blocks:
+            if block.resample:
+                sample = self._run(block, sample, embedding, skips[-1].shape[-2:])
+            else:
+                sample = self._run(block, torch.cat([sample, skips.pop()], dim=1), embedding)
+
+        # 5. output
+        sample = self.conv_out(F.silu(self.norm_out(sample))).contiguous()
+        return UNet2DOutput(sample=sample) if return_dict else (sample,)
+
+    def _run(self, block: DFUBlock, *args) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    def _embed(self, sample, timestep, class_labels, augment_labels) -> torch.Tensor:
+        """Embedding (batch, 4 * block_out_channels[0]) of noise level and labels."""
+        timestep = torch.as_tensor(timestep, device=sample.device).to(torch.float32).expand(sample.shape[0])
+        channels = self.config.block_out_channels[0]
+        embedding = get_timestep_embedding(timestep, channels, flip_sin_to_cos=True).to(sample.dtype)
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
+        if self.augment_embedding is not None and augment_labels is not None:
+            embedding = embedding + self.augment_embedding(augment_labels.to(sample.dtype))
+        return F.silu(self.embedding_out(F.silu(self.embedding_in(embedding))))
+
+    def _check_config(self) -> None:
+        config = self.config
+        channels, modes = config.block_out_channels, config.fourier_modes
+        if not channels or not all(isinstance(n, int) and n >= 1 for n in channels) or channels[0] < 4 or channels[0] % 2:
+            raise ValueError(
+                f"block_out_channels must be positive integers, one per level, the first even and at least 4, "
+                f"but got {channels}."
+            )
+        if not isinstance(modes, (list, tuple)) or len(modes) != len(channels):
+            raise ValueError(
+                f"fourier_modes must have one entry (rows, columns), int or None for each of the {len(channels)} levels of "
+                f"block_out_channels={channels}, but got {modes}."
+            )
+        _check_conv_type(config.conv_type)
+        for level, entry in enumerate(modes):
+            if entry is not None:
+                _parse_modes(entry)
+            elif config.conv_type == "spectral":
+                raise ValueError(
+                    f"conv_type='spectral' needs Fourier modes on every level, but fourier_modes[{level}] is None. Give it "
+                    f"modes, or use conv_type='dual', where such a level keeps its 3x3 convolutions."
+                )
+        if not all(level in range(len(channels)) for level in config.attention_levels):
+            raise ValueError(
+                f"attention_levels must be level indices from 0 to {len(channels) - 1}, but got {config.attention_levels}."
+            )
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), but got {config.dropout}.")
+        for name, lowest in dict(in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=1, num_augment_labels=0).items():
+            if not isinstance(config[name], int) or config[name] < lowest:
+                raise ValueError(f"{name} must be an integer of at least {lowest}, but got {config[name]!r}.")
+        if config.num_class_embeds is not None and config.num_class_embeds < 1:
+            raise ValueError(f"num_class_embeds must be a positive integer or None, but got {config.num_class_embeds}.")
+
+    def _check_inputs(self, sample, class_labels, augment_labels) -> None:
+        if not torch.is_tensor(sample) or not sample.is_floating_point():
+            got = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
+            raise TypeError(f"`sample` must be a floating point tensor, but got {got}.")
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels or 0 in sample.shape:
+            raise ValueError(
+                f"`sample` must have shape (batch, {self.config.in_channels}, height, width) without empty dimensions, "
+                f"as in_channels={self.config.in_channels}, but got {tuple(sample.shape)}."
+            )
+        self._check_labels(sample.shape[0], class_labels)
+        expected = (sample.shape[0], self.config.num_augment_labels)
+        if augment_labels is not None and tuple(augment_labels.shape) != expected:
+            raise ValueError(
+                f"`augment_labels` must have shape (batch, num_augment_labels) = {expected}, but got "
+                f"{tuple(augment_labels.shape)}."
+            )
+
+    def _check_labels(self, batch: int, class_labels) -> None:
+        classes = self.config.num_class_embeds
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` were given, but this model is unconditional (num_class_embeds is None).")
+            return
+        if class_labels is None:
+            raise ValueError(f"This model is class-conditional: give `class_labels`, (batch,) integers in [0, {classes}).")
+        if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
+            raise ValueError(
+                f"`class_labels` must be {batch} integers, one per image, but got shape {tuple(class_labels.shape)} and "
+                f"dtype {class_labels.dtype}."
+            )
+        # Looking at values on an accelerator would stop the queue; there the pipeline checks them once.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            if class_labels.min() < 0 or class_labels.max() >= classes:
+                raise ValueError(f"`class_labels` must lie in [0, {classes}), but got {class_labels.tolist()}.")
