@@ -170,7 +170,10 @@ def main(argv=None) -> None:
         len(dataset), args.batch_size, args.resolutions, args.resolution_weights, args.max_train_steps, start_step,
         args.seed, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers)
+    # With a generator of its own the loader draws nothing from the global one, so that a resumed run draws the same noise.
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=args.num_workers, generator=torch.Generator().manual_seed(args.seed)
+    )
 
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
