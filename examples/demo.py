@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""The same portraits at many sizes, most of them never seen in training: writes outputs/demo.png.
+
+    python examples/demo.py [--model checkpoints/dfu-portraits] [--output outputs/demo.png]
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from dfu_diffusers import DFUPipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [32, 48, 64, 96, 128]  # shown in a grid, a column each, four portraits high
+LARGE = 512  # two portraits
+ODD = [(33, 33), (61, 61), (97, 131), (48, 96), (96, 48), (127, 64)]  # one portrait each
+CELL, LABEL = 128, 16
+
+
+def noise_of_portrait(seed: int, height: int, width: int, base: int = 32) -> torch.Tensor:
+    """Unit white noise (3, height, width) whose low Fourier modes are the same function at every size.
+
+    The layout of a portrait follows from those modes of its initial noise. White noise has independent coefficients
+    of unit variance (norm="ortho"), so exchanging some for those of base x base noise leaves it white. Pixels are
+    cells, sample j of N at (j + 1/2)/N: between two grids the coefficient of mode k turns by pi k (1/N - 1/M).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.fft.fft2(torch.randn(3, base, base, generator=generator), norm="ortho")
+    fine = torch.fft.fft2(torch.randn(3, height, width, generator=generator), norm="ortho")
+    rows, columns = (torch.arange(-limit, limit + 1) for limit in ((min(n, base) - 1) // 2 for n in (height, width)))
+    turn = rows[:, None] * (1 / height - 1 / base) + columns[None, :] * (1 / width - 1 / base)
+    shared = coarse[:, rows[:, None], columns] * torch.exp(1j * math.pi * turn)
+    fine[:, rows[:, None], columns] = shared
+    return torch.fft.ifft2(fine, norm="ortho").real
+
+
+def generate(pipe: DFUPipeline, seeds: list[int], height: int, width: int) -> list[Image.Image]:
+    pipe.set_progress_bar_config(desc=f"{height}x{width}")
+    latents = torch.stack([noise_of_portrait(seed, height, width) for seed in seeds])
+    return pipe(batch_size=len(seeds), height=height, width=width, latents=latents).images
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo.png")
+    parser.add_argument("--large", type=int, default=LARGE, help="size of the two large portraits")
+    args = parser.parse_args(argv)
+    pipe = DFUPipeline.from_pretrained(args.model)
+    seeds = [0, 1, 2, 3]
+
+    sheet = Image.new("RGB", (len(SMALL) * CELL + 2 * 4 * CELL, 5 * CELL + 2 * LABEL), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def place(image: Image.Image, x: int, y: int, side: int, label: str = "") -> None:
+        """Show an image enlarged to fit a square of `side`, pixels as squares, with a label above."""
+        scale = side / max(image.size)
+        resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+        sheet.paste(image.resize((round(scale * image.width), round(scale * image.height)), resampling), (x, y))
+        draw.text((x + 2, y - LABEL + 2), label, fill="black")
+
+    for column, size in enumerate(SMALL):
+        for row, image in enumerate(generate(pipe, seeds, size, size)):
+            place(image, column * CELL, LABEL + row * CELL, CELL, f"{size}x{size}" if row == 0 else "")
+    for column, (height, width) in enumerate(ODD):
+        image = generate(pipe, seeds[:1], height, width)[0]
+        place(image, column * CELL, 2 * LABEL + 4 * CELL, CELL, f"{height}x{width}")
+    for column, seed in enumerate(seeds[:2]):
+        image = generate(pipe, [seed], args.large, args.large)[0]
+        place(image, (len(SMALL) + 4 * column) * CELL, LABEL, 4 * CELL, f"{args.large}x{args.large}")
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.output)
+    print(f"Saved {args.output}: training sizes are in {args.model}/README.md.")
+
+
+if __name__ == "__main__":
+    main()
