@@ -19,8 +19,13 @@ __all__ = ["DFUModel", "DFUPipeline", "EDMHeunScheduler"]
 
 def _register_with_diffusers() -> None:
     """Make diffusers save our components as ["dfu_diffusers", class] and find them again, by name, when loading."""
-    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-
+    try:
+        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+    except ImportError as error:  # the table is no public part of diffusers
+        raise ImportError(
+            f"diffusers {_diffusers.__version__} has moved its table of loadable classes, without which saved DFU models "
+            f"cannot be found: install a release that dfu_diffusers {__version__} was made for, see its setup.py."
+        ) from error
     methods = ["save_pretrained", "from_pretrained"]
     LOADABLE_CLASSES["dfu_diffusers"] = {"ModelMixin": methods, "SchedulerMixin": methods}
     for public_class in (DFUModel, DFUPipeline, EDMHeunScheduler):

@@ -5,6 +5,7 @@ Which images and which resolution make up step n is a pure function of (seed, n)
 to each other, a resumed run repeats and skips nothing, and the schedule does not depend on their number.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,14 +20,11 @@ def parse_resolution(text: str) -> tuple[int, int]:
     >>> parse_resolution("64"), parse_resolution("64x96")
     ((64, 64), (64, 96))
     """
-    height, _, width = str(text).partition("x")
-    try:
-        size = int(height), int(width or height)
-    except ValueError:
-        size = (0, 0)
-    if min(size) < 1:
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", str(text))
+    if match is None:
         raise ValueError(f"A resolution is HEIGHT or HEIGHTxWIDTH in whole pixels, such as 64 or 64x96, not {text!r}.")
-    return size
+    height, width = match.groups()
+    return int(height), int(width or height)
 
 
 class MixedResolutionBatchSampler(Sampler):

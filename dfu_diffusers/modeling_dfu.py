@@ -156,9 +156,13 @@ class SpectralConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, modes={self.modes}"
 
 
+def _is_integer(n) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool)
+
+
 def _parse_modes(modes) -> tuple[int, int]:
-    pair = (modes, modes + 1) if isinstance(modes, int) else tuple(modes)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= 1 for n in pair):
+    pair = (modes, modes + 1) if _is_integer(modes) else tuple(modes) if isinstance(modes, (list, tuple)) else ()
+    if len(pair) != 2 or not all(_is_integer(n) and n >= 1 for n in pair):
         raise ValueError(
             f"Fourier modes must be (rows, columns), two integers of at least 1, or one integer k for (k, k + 1), "
             f"but got {modes!r}. Use None for a level without a spectral path."
@@ -168,8 +172,9 @@ def _parse_modes(modes) -> tuple[int, int]:
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a matrix product on x runs: autocast lowers everything but float64."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 
@@ -480,10 +485,10 @@ class DFUModel(ModelMixin, ConfigMixin):
             `UNet2DOutput` with `sample` (batch, out_channels, height, width), or a tuple of it.
 
         Raises:
-            TypeError: a sample that is not a floating point tensor.
+            TypeError: a sample that is not a floating point tensor, labels that are no tensors.
             ValueError: a wrong number of dimensions or channels, missing, unexpected or out-of-range labels.
         """
-        self._check_inputs(sample, class_labels, augment_labels)
+        self._check_inputs(sample, timestep, class_labels, augment_labels)
 
         # 1. noise level and labels
         embedding = self._embed(sample, timestep, class_labels, augment_labels)
@@ -512,6 +517,17 @@ class DFUModel(ModelMixin, ConfigMixin):
         sample = self.conv_out(F.silu(self.norm_out(sample))).contiguous()
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """Regional compilation: as in diffusers, one graph for each kind of block (channels and size).
+
+        A UNet has more kinds than torch allows graphs for one piece of code by default, so this raises that limit
+        (`torch._dynamo.config.recompile_limit`) to four for each block: room for several image sizes.
+        """
+        blocks = sum(isinstance(module, DFUBlock) for module in self.modules())
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 4 * blocks)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     def _run(self, block: DFUBlock, *args) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)
@@ -531,12 +547,15 @@ class DFUModel(ModelMixin, ConfigMixin):
     def _check_config(self) -> None:
         config = self.config
         channels, modes = config.block_out_channels, config.fourier_modes
-        if not channels or not all(isinstance(n, int) and n >= 1 for n in channels) or channels[0] < 4 or channels[0] % 2:
+        for name in ("block_out_channels", "fourier_modes", "attention_levels"):
+            if not isinstance(config[name], (list, tuple)):
+                raise ValueError(f"{name} must be a list or tuple, but got {config[name]!r}.")
+        if not channels or not all(_is_integer(n) and n >= 1 for n in channels) or channels[0] < 4 or channels[0] % 2:
             raise ValueError(
                 f"block_out_channels must be positive integers, one per level, the first even and at least 4, "
                 f"but got {channels}."
             )
-        if not isinstance(modes, (list, tuple)) or len(modes) != len(channels):
+        if len(modes) != len(channels):
             raise ValueError(
                 f"fourier_modes must have one entry (rows, columns), int or None for each of the {len(channels)} levels of "
                 f"block_out_channels={channels}, but got {modes}."
@@ -554,15 +573,16 @@ class DFUModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"attention_levels must be level indices from 0 to {len(channels) - 1}, but got {config.attention_levels}."
             )
-        if not 0 <= config.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), but got {config.dropout}.")
+        if not isinstance(config.dropout, (int, float)) or not 0 <= config.dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), but got {config.dropout!r}.")
         for name, lowest in dict(in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=1, num_augment_labels=0).items():
-            if not isinstance(config[name], int) or config[name] < lowest:
+            if not _is_integer(config[name]) or config[name] < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, but got {config[name]!r}.")
-        if config.num_class_embeds is not None and config.num_class_embeds < 1:
-            raise ValueError(f"num_class_embeds must be a positive integer or None, but got {config.num_class_embeds}.")
+        classes = config.num_class_embeds
+        if classes is not None and (not _is_integer(classes) or classes < 1):
+            raise ValueError(f"num_class_embeds must be a positive integer or None, but got {classes!r}.")
 
-    def _check_inputs(self, sample, class_labels, augment_labels) -> None:
+    def _check_inputs(self, sample, timestep, class_labels, augment_labels) -> None:
         if not torch.is_tensor(sample) or not sample.is_floating_point():
             got = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
             raise TypeError(f"`sample` must be a floating point tensor, but got {got}.")
@@ -571,6 +591,14 @@ class DFUModel(ModelMixin, ConfigMixin):
                 f"`sample` must have shape (batch, {self.config.in_channels}, height, width) without empty dimensions, "
                 f"as in_channels={self.config.in_channels}, but got {tuple(sample.shape)}."
             )
+        if torch.is_tensor(timestep) and tuple(timestep.shape) not in ((), (1,), (sample.shape[0],)):
+            raise ValueError(
+                f"`timestep` must be a number, a scalar tensor or one value for each of the {sample.shape[0]} images, "
+                f"but got shape {tuple(timestep.shape)}."
+            )
+        for name, labels in (("class_labels", class_labels), ("augment_labels", augment_labels)):
+            if labels is not None and not torch.is_tensor(labels):
+                raise TypeError(f"`{name}` must be a tensor (or None), not {type(labels).__name__}.")
         self._check_labels(sample.shape[0], class_labels)
         expected = (sample.shape[0], self.config.num_augment_labels)
         if augment_labels is not None and tuple(augment_labels.shape) != expected:

@@ -1,9 +1,10 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Image generation at any height and width with a DFU model (arXiv 2401.06144) and an EDM sampler.
 
-This file imports torch and diffusers only, so that it can travel inside a Hub repository.
+This file imports torch, diffusers and the standard library only, so that it can travel inside a Hub repository.
 """
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class DFUPipeline(DiffusionPipeline):
@@ -38,6 +40,14 @@ class DFUPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DFUPipeline":
+        """A DFUPipeline that shares the components of another pipeline; `kwargs` replace some, as in diffusers."""
+        # diffusers hands a model on only if the type hint names its very class, and ours admits any denoiser.
+        if hasattr(pipeline, "unet"):
+            kwargs.setdefault("unet", pipeline.unet)
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def num_timesteps(self) -> int:
@@ -74,10 +84,9 @@ class DFUPipeline(DiffusionPipeline):
                 height, width) in [0, 1], or "latent": the sample itself, neither clamped nor rescaled.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network call;
-                may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop early.
+                may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there.
             callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
-            max_batch_size: evaluate at most so many images at once, to bound memory. With a single generator and
-                churn, the churn noise of an image depends on this number.
+            max_batch_size: the network sees at most so many images at once, to bound memory. The images stay the same.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -87,102 +96,130 @@ class DFUPipeline(DiffusionPipeline):
         """
         # 1. Inputs
         height, width = self._size(height, width)
+        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self.check_inputs(
-            batch_size, height, width, generator, latents, output_type, callback_on_step_end_tensor_inputs, max_batch_size
+            batch_size,
+            height,
+            width,
+            num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            callback_inputs,
+            max_batch_size,
         )
         class_labels = self._class_labels(class_labels, batch_size)
         device = self._execution_device
         self._interrupt = False
 
-        # 2. Noise of the whole batch, in float32: at sigma 80 half precision would swallow the image
+        # 2. Noise, in float32 throughout: at sigma 80 half precision would swallow the image
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
         if latents is None:
             shape = (batch_size, self.unet.config.in_channels, height, width)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32)
+        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
 
-        # 3. Denoise, some images at a time
-        chunk = max_batch_size or batch_size
-        starts = range(0, batch_size, chunk)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        samples = []
-        with self.progress_bar(total=len(starts) * self._num_timesteps) as progress_bar:
-            for start in starts:
-                part = slice(start, start + chunk)
-                self.scheduler.set_timesteps(num_inference_steps, device=device)  # forgets the part before
-                samples.append(
-                    self._denoise(
-                        latents[part],
-                        None if class_labels is None else class_labels[part],
-                        generator[part] if isinstance(generator, list) else generator,
-                        callback_on_step_end,
-                        callback_on_step_end_tensor_inputs,
-                        progress_bar,
-                    )
-                )
+        # 3. Denoise
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                output = self._evaluate(model_input, t, class_labels, max_batch_size or batch_size).float()
+                latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, i, t, dict.fromkeys(callback_inputs, latents))
+                    latents = (changed or {}).get("latents", latents)
+                progress_bar.update()
 
         # 4. Images
-        images = self._postprocess(torch.cat(samples), output_type)
+        images = self._postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _denoise(self, latents, class_labels, generator, callback, callback_inputs, progress_bar) -> torch.Tensor:
-        """Unit noise -> samples, both (batch, channels, height, width), float32."""
-        latents = latents * self.scheduler.init_noise_sigma
-        step_kwargs = {"generator": generator, "return_dict": False}
-        self.scheduler.set_begin_index(0)
-        for i, t in enumerate(self.scheduler.timesteps):
-            if self._interrupt:
-                break
-            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-            output = self.unet(model_input, t, class_labels, return_dict=False)[0]
-            latents = self.scheduler.step(output.float(), t, latents, **step_kwargs)[0]
-            if callback is not None:
-                outputs = callback(self, i, t, {name: latents for name in callback_inputs})
-                latents = (outputs or {}).get("latents", latents)
-            progress_bar.update()
-        return latents
+    def _evaluate(self, sample, timestep, class_labels, max_batch_size: int) -> torch.Tensor:
+        """The network's output (batch, channels, height, width), at most `max_batch_size` images at a time."""
+        outputs = []
+        for start in range(0, len(sample), max_batch_size):
+            part = slice(start, start + max_batch_size)
+            labels = None if class_labels is None else class_labels[part]
+            outputs.append(self.unet(sample[part], timestep, labels, return_dict=False)[0])
+        return torch.cat(outputs)
 
     def _postprocess(self, sample: torch.Tensor, output_type: str):
-        if output_type == "latent":
-            return sample
+        if output_type == "pil" and sample.shape[1] == 1:
+            # By way of RGB: diffusers squeezes grey images, and a side of one pixel would be lost with the channel.
+            images = self.image_processor.postprocess(sample.expand(-1, 3, -1, -1), output_type="pil")
+            return [image.getchannel(0) for image in images]
         return self.image_processor.postprocess(sample, output_type=output_type)
 
     # --- Inputs ---
 
     def _size(self, height, width) -> tuple[int, int]:
-        default = self.unet.config.sample_size
-        default = (default, default) if isinstance(default, int) else tuple(default)
+        """Height and width, each from the model's `sample_size` if it is None."""
+        default = getattr(self.unet.config, "sample_size", None)
+        default = default if isinstance(default, (tuple, list)) else (default, default)
         return tuple(given if given is not None else fallback for given, fallback in zip((height, width), default))
 
     def check_inputs(
-        self, batch_size, height, width, generator, latents, output_type, callback_inputs, max_batch_size
+        self,
+        batch_size,
+        height,
+        width,
+        num_inference_steps,
+        generator,
+        latents,
+        output_type,
+        callback_inputs,
+        max_batch_size,
     ) -> None:
-        """Raise a ValueError or TypeError that names the argument, its value and the remedy."""
-        counts = {"batch_size": batch_size, "height": height, "width": width, "max_batch_size": max_batch_size or 1}
+        """Raise a ValueError or TypeError that names the argument, what was given and what is allowed."""
+        counts = {
+            "batch_size": batch_size,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+        }
+        counts |= {} if max_batch_size is None else {"max_batch_size": max_batch_size}
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` must be an integer of at least 1, but got {value!r}: round it yourself.")
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+            _check_count(name, value)
+
+        channels, out_channels = self.unet.config.in_channels, self.unet.config.out_channels
+        if channels != out_channels:
+            raise ValueError(
+                f"The model must make as many channels as it takes, but it has `in_channels` {channels} and "
+                f"`out_channels` {out_channels}: load another one."
+            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but got {output_type!r}.")
-        channels = self.unet.config.out_channels
         if output_type == "pil" and channels not in (1, 3, 4):
             raise ValueError(
                 f"`output_type='pil'` needs 1, 3 or 4 channels, but this model makes {channels}: use 'np' or 'pt'."
             )
+
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
+            raise TypeError(
+                f"`generator` must be a torch.Generator or a list of one per image, but got {generator!r}."
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` must be one generator, or a list with one for each of the {batch_size} images, but got a "
-                f"list of {len(generator)}."
+                f"`generator` must be one generator, or a list with one for each of the {batch_size} images "
+                f"(`batch_size`), but got a list of {len(generator)}."
             )
-        expected = (batch_size, self.unet.config.in_channels, height, width)
-        if latents is not None and tuple(latents.shape) != expected:
+
+        if latents is not None and not (torch.is_tensor(latents) and latents.is_floating_point()):
+            got = latents.dtype if torch.is_tensor(latents) else type(latents).__name__
+            raise TypeError(f"`latents` must be a floating point tensor of unit normal noise, but got {got}.")
+        expected = (batch_size, channels, height, width)
+        if latents is not None and latents.shape != expected:
             raise ValueError(
                 f"`latents` must have shape (batch_size, channels, height, width) = {expected}, but got "
                 f"{tuple(latents.shape)}: pass the matching `batch_size`, `height` and `width`."
             )
+
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -195,15 +232,31 @@ class DFUPipeline(DiffusionPipeline):
         if classes is None and class_labels is None:
             return None
         if classes is None:
-            raise ValueError(f"`class_labels` {class_labels} were given, but this model is unconditional: leave them out.")
+            raise ValueError(f"This model is unconditional, but got `class_labels` {class_labels!r}: leave them out.")
         allowed = f"one integer in [0, {classes}), or one for each of the {batch_size} images"
         if class_labels is None:
             raise ValueError(f"This model is class-conditional: `class_labels` must be {allowed}.")
-        labels = torch.as_tensor(class_labels)
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"`class_labels` must be {allowed}, but got {class_labels}.")
+        try:
+            labels = torch.as_tensor(class_labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"`class_labels` must be {allowed}, but got {class_labels!r}.") from error
+        if labels.dtype not in INTEGERS:
+            raise TypeError(f"`class_labels` must be {allowed}, but got {class_labels!r}.")
         if labels.ndim == 0:
             labels = labels.expand(batch_size)
         if labels.shape != (batch_size,) or labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"`class_labels` must be {allowed}, but got {class_labels}.")
+            raise ValueError(f"`class_labels` must be {allowed}, but got {class_labels!r}.")
         return labels.to(self._execution_device, torch.long)
+
+
+def _check_count(name: str, value) -> None:
+    """Python's and NumPy's integers pass; booleans, although integers to Python, do not."""
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = None
+    wrong = f"`{name}` must be an integer of at least 1, but got {value!r}: pass one, or leave it out for the default."
+    if count is None:
+        raise TypeError(wrong)
+    if count < 1:
+        raise ValueError(wrong)

@@ -157,12 +157,17 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             model_output (`torch.Tensor` of the same shape): The network's raw output F (or -F, "v_prediction").
             sigma (`float` or `torch.Tensor`): Noise level; a tensor broadcasts, e.g. (batch, 1, 1, 1).
         """
-        sigma_data = self.config.sigma_data
-        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
-        if self.config.prediction_type == "v_prediction":
-            c_out = -c_out
-        return c_skip * sample + c_out * model_output
+        c_skip = self.config.sigma_data**2 / (sigma**2 + self.config.sigma_data**2)
+        return c_skip * sample + self._c_out(sigma) * model_output
+
+    def _c_out(self, sigma: float | torch.Tensor) -> float | torch.Tensor:
+        c_out = sigma * self.config.sigma_data / (sigma**2 + self.config.sigma_data**2) ** 0.5
+        return -c_out if self.config.prediction_type == "v_prediction" else c_out
+
+    def _slope(self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float) -> torch.Tensor:
+        """dx/dsigma = (x - D) / sigma of the probability flow (Algorithm 1, lines 4 and 7), with D = c_skip x + c_out F
+        put in: at low noise x and D are nearly equal, and their difference would keep few of their digits."""
+        return sigma / (sigma**2 + self.config.sigma_data**2) * sample - self._c_out(sigma) / sigma * model_output
 
     def loss_weight(self, sigma: float | torch.Tensor) -> float | torch.Tensor:
         """lambda = 1 / c_out^2: the weight of |D - image|^2 that makes every noise level count alike at the start."""
@@ -382,10 +387,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         sigma, sigma_next = self.sigmas[index].item(), self.sigmas[index + 1].item()
         dtype = torch.promote_types(sample.dtype, torch.float32)
 
-        # The slope dx/dsigma of the probability flow (Algorithm 1, lines 4 and 7).
-        x = sample.to(dtype)
-        denoised = self.precondition_outputs(x, model_output.to(dtype), sigma)
-        derivative = (x - denoised) / sigma
+        x, model_output = sample.to(dtype), model_output.to(dtype)
+        denoised = self.precondition_outputs(x, model_output, sigma)
+        derivative = self._slope(x, model_output, sigma)
 
         if self.state_in_first_order:
             # Predictor: an Euler step, final if it is the last (lines 5 and 6).

@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Generate images with a DFU model, at one size or at several.
+
+    python examples/generate_dfu.py --sizes 32 48 64x96 --batch_size 4 --seed 7
+
+An image depends on its seed, its size and the sampler, not on the images made beside it. With --batch_size 4 --seed 7
+the seeds are 7, 8, 9 and 10, at each size. Writes OUTPUT_DIR/seed7_64x96.png and so on (height x width).
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers.utils.torch_utils import get_device
+
+from dfu_diffusers import DFUPipeline, EDMHeunScheduler
+from dfu_diffusers.data import parse_resolution
+
+SCHEDULERS = {"heun": EDMHeunScheduler, "euler": EDMEulerScheduler, "dpm": EDMDPMSolverMultistepScheduler}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
+
+
+def usable_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch has both for a device that is not there
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--model", default=str(CHECKPOINT), help="folder of a saved pipeline or its id on the Hub (default: portraits)"
+    )
+    add("--height", type=int, help="in pixels (default: the model's own)")
+    add("--width", type=int, help="in pixels (default: the model's own)")
+    add(
+        "--sizes",
+        nargs="+",
+        metavar="SIZE",
+        help="several sizes, HEIGHT or HEIGHTxWIDTH, instead of --height, --width",
+    )
+    add("--batch_size", type=int, default=1, help="images of each size")
+    add("--max_batch_size", type=int, help="evaluate at most so many at once, to need less memory")
+    add("--num_inference_steps", type=int, default=18)
+    add("--seed", type=int, default=0, help="of the first image")
+    add("--class_label", type=int, help="for a class-conditional model")
+    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", type=usable_device, default=get_device(), help="default: %(default)s")
+    add("--output_dir", type=Path, default=Path("outputs/generated"))
+    return parser
+
+
+def main(argv=None) -> list[Path]:
+    """Returns the files written."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.sizes and (args.height or args.width):
+        parser.error("--sizes takes the place of --height and --width: give one or the other")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")
+    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
+        parser.error(
+            f"--model: there is no folder {args.model}; name a saved pipeline, or its id on the Hub (user/name)"
+        )
+
+    seeds = range(args.seed, args.seed + args.batch_size)
+    files = []
+    try:
+        sizes = [parse_resolution(text) for text in args.sizes or []] or [(args.height, args.width)]
+        pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
+        if args.scheduler:
+            pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+        for height, width in sizes:
+            images = pipe(
+                batch_size=args.batch_size,
+                height=height,
+                width=width,
+                num_inference_steps=args.num_inference_steps,
+                class_labels=args.class_label,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                max_batch_size=args.max_batch_size,
+            ).images
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            for seed, image in zip(seeds, images):
+                files.append(args.output_dir / f"seed{seed}_{image.height}x{image.width}.png")
+                image.save(files[-1])
+    except (OSError, ValueError) as error:  # what the arguments ask for cannot be had: the message says why
+        parser.error(str(error))
+    print("Wrote", *files, sep="\n  ")
+    return files
+
+
+if __name__ == "__main__":
+    main()

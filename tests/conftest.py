@@ -1,0 +1,45 @@
+"""Shared by all test files."""
+
+import math
+
+import pytest
+import torch
+
+from dfu_diffusers import DFUModel
+
+torch.set_num_threads(1)  # two threads on tensors this small are far slower than one
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """Factory of tiny models in eval mode, `overrides` replacing constructor arguments.
+
+    All parameters are drawn anew: those that start near zero would hide the difference that a test looks for.
+    """
+
+    def make(**overrides) -> DFUModel:
+        config = dict(
+            sample_size=16, block_out_channels=(8, 12, 16), layers_per_block=1, fourier_modes=((4, 3), 2, None),
+            attention_levels=(1,), dropout=0.0,
+        )  # fmt: skip
+        return redraw(DFUModel(**{**config, **overrides})).eval()
+
+    return make
+
+
+def redraw(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Replace every parameter by random numbers of a size that keeps the power of features about the same."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            if parameter.ndim == 1:
+                parameter.copy_(0.2 * noise + (1 if "norm" in name and name.endswith("weight") else 0))
+            else:  # a spectral weight is (modes, in, 2 * out)
+                parameter.copy_(noise / math.sqrt(parameter.shape[1] if parameter.ndim == 3 else parameter[0].numel()))
+    return module
