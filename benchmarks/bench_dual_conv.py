@@ -16,6 +16,7 @@ import csv
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 
 class RfftSpectralConv2d(torch.nn.Module):
-    """The textbook Fourier layer: full rfft2, complex einsum over the kept modes, full irfft2. Needs H >= 2r, W >= 2c."""
+    """The textbook Fourier layer: full rfft2, complex einsum over the kept modes, full irfft2; H >= 2r, W >= 2c."""
 
     def __init__(self, in_channels: int, out_channels: int, modes: tuple[int, int]):
         super().__init__()
@@ -80,8 +81,8 @@ def main(argv=None) -> list[dict]:
         # As in the model, ours finds its input channels-last; the FFT prefers it the other way.
         inputs = {"ours": features.contiguous(memory_format=torch.channels_last), "rfft2": features}
         with torch.inference_mode():
-            model_times = race({k: lambda m=m: m(image, -0.5) for k, m in models.items()}, args.repeats)
-            layer_times = race({k: lambda k=k: layers[k](inputs[k]) for k in layers}, max(args.repeats, 5))
+            model_times = race({name: partial(model, image, -0.5) for name, model in models.items()}, args.repeats)
+            layer_times = race({name: partial(layers[name], inputs[name]) for name in layers}, max(args.repeats, 5))
         rows.append(
             {
                 "size": size,
@@ -106,8 +107,9 @@ def median_ratio(times: list[float], others: list[float]) -> float:
 def report(rows: list[dict], args) -> None:
     threads = torch.get_num_threads()
     print(f"\n{args.config}, fp32, torch {torch.__version__}, {threads} thread(s), {cpu_name()}\n")
-    print("| size | batch | dual model, ms | spatial twin, ms | dual / spatial | layer, ms | rfft2 layer, ms | rfft2 / ours |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ["size", "batch", "dual model, ms", "spatial twin, ms", "dual / spatial"]
+    heads += ["layer, ms", "rfft2 layer, ms", "rfft2 / ours"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for row in rows:
         print(
             "| {size} | {batch} | {dual_ms:.0f} | {spatial_ms:.0f} | {dual_over_spatial:.2f} | {layer_ms:.1f} | "
@@ -116,10 +118,10 @@ def report(rows: list[dict], args) -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with open(args.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], "config", "torch", "threads", "cpu"])
+            run = {"config": args.config, "torch": torch.__version__, "threads": threads, "cpu": cpu_name()}
+            writer = csv.DictWriter(file, [*rows[0], *run])
             writer.writeheader()
-            for row in rows:
-                writer.writerow({**row, "config": args.config, "torch": torch.__version__, "threads": threads, "cpu": cpu_name()})
+            writer.writerows({**row, **run} for row in rows)
 
 
 def cpu_name() -> str:

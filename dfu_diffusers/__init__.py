@@ -23,8 +23,8 @@ def _register_with_diffusers() -> None:
         from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
     except ImportError as error:  # the table is no public part of diffusers
         raise ImportError(
-            f"diffusers {_diffusers.__version__} has moved its table of loadable classes, without which saved DFU models "
-            f"cannot be found: install a release that dfu_diffusers {__version__} was made for, see its setup.py."
+            f"diffusers {_diffusers.__version__} has moved its table of loadable classes, without which saved DFU "
+            f"models cannot be found: install a release that dfu_diffusers {__version__} was made for (see setup.py)."
         ) from error
     methods = ["save_pretrained", "from_pretrained"]
     LOADABLE_CLASSES["dfu_diffusers"] = {"ModelMixin": methods, "SchedulerMixin": methods}

@@ -133,7 +133,7 @@ class ImageDataset(Dataset):
         try:
             image = self.table[index][self.image_column].convert(self.mode)
         except OSError as error:
-            raise ValueError(f"Image {index} of the data set cannot be read ({error}): remove or repair it.") from error
+            raise ValueError(f"Image {index} of the data set cannot be read ({error}): repair or remove.") from error
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(height, width, -1).permute(2, 0, 1)
         pixels = pixels / 127.5 - 1

@@ -64,7 +64,8 @@ def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, device, dtype)
     cos, sin = cos_sin(k, height)  # (K, H)
     forward_h = torch.cat([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)]).flatten(1) / height
     cos, sin = (part.T for part in cos_sin(k, new_height))  # (H', K)
-    inverse_h = torch.stack([torch.cat([cos, -sin, -sin, -cos], 1), torch.cat([sin, cos, cos, -sin], 1)], 1).flatten(0, 1)
+    real, imaginary = torch.cat([cos, -sin, -sin, -cos], 1), torch.cat([sin, cos, cos, -sin], 1)
+    inverse_h = torch.stack([real, imaginary], 1).flatten(0, 1)
     cos, sin = (part.T for part in cos_sin(l, new_width))  # (W', L)
     twice = torch.where(l > 0, 2, 1)
     inverse_w = torch.cat([cos * twice, -sin * twice], 1)
@@ -130,7 +131,8 @@ class SpectralConv2d(nn.Module):
         x = torch.bmm(forward_h.expand(batch, -1, -1), x)  # (b, 2K, L in)
         # 2. Channel mixing: one real matrix product per mode gives all four products of real and imaginary parts.
         x = x.view(batch, 2, rows, columns, self.in_channels).permute(2, 3, 1, 0, 4)
-        x = torch.bmm(x.reshape(rows * columns, 2 * batch, self.in_channels), self._weight(first, rows, columns, x.dtype))
+        x = x.reshape(rows * columns, 2 * batch, self.in_channels)
+        x = torch.bmm(x, self._weight(first, rows, columns, x.dtype))  # (modes, 2b, 2 out)
         # 3. Onto the output grid: along H', then along W'.
         x = x.view(rows, columns, 2, batch, 2, self.out_channels).permute(3, 2, 4, 0, 1, 5)
         x = x.reshape(batch, 4 * rows, columns * self.out_channels)
@@ -214,7 +216,7 @@ def resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 class DualConv2d(nn.Module):
-    """u = conv3x3(v) + spectral(v): one part fixed in pixels, one fixed in cycles per image (arXiv 2401.06144, sec. 3).
+    """u = conv3x3(v) + spectral(v): one part fixed in pixels, one in cycles per image (arXiv 2401.06144, section 3).
 
     Args:
         in_channels, out_channels: channels of input and output.
@@ -337,9 +339,7 @@ class DFUBlock(nn.Module):
             self.skip = _init_linear(nn.Conv2d(in_channels, out_channels, 1))
         self.attention = DFUAttention(out_channels, norm_num_groups, norm_eps) if attention else None
 
-    def forward(
-        self, x: torch.Tensor, embedding: torch.Tensor, size: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Args: x (batch, in_channels, H, W); embedding (batch, embedding_channels); size (H', W') of the output."""
         size = tuple(size or x.shape[-2:])
         h = self.conv1(F.silu(self.norm1(x)), size)
@@ -445,11 +445,11 @@ class DFUModel(ModelMixin, ConfigMixin):
                 skips.append(channels[level])
 
         # 3. middle
-        self.mid_blocks = nn.ModuleList([block(channels[-1], levels[-1], attention=True), block(channels[-1], levels[-1])])
+        current = channels[-1]
+        self.mid_blocks = nn.ModuleList(block(current, levels[-1], attention=attention) for attention in (True, False))
 
         # 4. decoder: every block but the upsampling ones takes one skip connection
         self.up_blocks = nn.ModuleList()
-        current = channels[-1]
         for level in reversed(levels):
             if level < levels[-1]:
                 self.up_blocks.append(block(current, level + 1, resample="up"))
@@ -557,8 +557,8 @@ class DFUModel(ModelMixin, ConfigMixin):
             )
         if len(modes) != len(channels):
             raise ValueError(
-                f"fourier_modes must have one entry (rows, columns), int or None for each of the {len(channels)} levels of "
-                f"block_out_channels={channels}, but got {modes}."
+                f"fourier_modes must have one entry, (rows, columns), int or None, for each of the {len(channels)} "
+                f"levels of block_out_channels={channels}, but got {modes}."
             )
         _check_conv_type(config.conv_type)
         for level, entry in enumerate(modes):
@@ -566,16 +566,18 @@ class DFUModel(ModelMixin, ConfigMixin):
                 _parse_modes(entry)
             elif config.conv_type == "spectral":
                 raise ValueError(
-                    f"conv_type='spectral' needs Fourier modes on every level, but fourier_modes[{level}] is None. Give it "
-                    f"modes, or use conv_type='dual', where such a level keeps its 3x3 convolutions."
+                    f"conv_type='spectral' needs Fourier modes on every level, but fourier_modes[{level}] is None. "
+                    f"Give it modes, or use conv_type='dual', where such a level keeps its 3x3 convolutions."
                 )
         if not all(level in range(len(channels)) for level in config.attention_levels):
             raise ValueError(
-                f"attention_levels must be level indices from 0 to {len(channels) - 1}, but got {config.attention_levels}."
+                f"attention_levels must be indices of levels, from 0 to {len(channels) - 1}, but got "
+                f"{config.attention_levels}."
             )
         if not isinstance(config.dropout, (int, float)) or not 0 <= config.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), but got {config.dropout!r}.")
-        for name, lowest in dict(in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=1, num_augment_labels=0).items():
+        for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "num_augment_labels"):
+            lowest = 0 if name == "num_augment_labels" else 1
             if not _is_integer(config[name]) or config[name] < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, but got {config[name]!r}.")
         classes = config.num_class_embeds
@@ -588,8 +590,8 @@ class DFUModel(ModelMixin, ConfigMixin):
             raise TypeError(f"`sample` must be a floating point tensor, but got {got}.")
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels or 0 in sample.shape:
             raise ValueError(
-                f"`sample` must have shape (batch, {self.config.in_channels}, height, width) without empty dimensions, "
-                f"as in_channels={self.config.in_channels}, but got {tuple(sample.shape)}."
+                f"`sample` must have shape (batch, {self.config.in_channels}, height, width) without empty "
+                f"dimensions, as in_channels={self.config.in_channels}, but got {tuple(sample.shape)}."
             )
         if torch.is_tensor(timestep) and tuple(timestep.shape) not in ((), (1,), (sample.shape[0],)):
             raise ValueError(
@@ -611,14 +613,14 @@ class DFUModel(ModelMixin, ConfigMixin):
         classes = self.config.num_class_embeds
         if classes is None:
             if class_labels is not None:
-                raise ValueError("`class_labels` were given, but this model is unconditional (num_class_embeds is None).")
+                raise ValueError("`class_labels` were given to an unconditional model (num_class_embeds is None).")
             return
         if class_labels is None:
-            raise ValueError(f"This model is class-conditional: give `class_labels`, (batch,) integers in [0, {classes}).")
+            raise ValueError(f"This model is class-conditional: give `class_labels`, integers in [0, {classes}).")
         if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
             raise ValueError(
-                f"`class_labels` must be {batch} integers, one per image, but got shape {tuple(class_labels.shape)} and "
-                f"dtype {class_labels.dtype}."
+                f"`class_labels` must be {batch} integers, one per image, but got shape {tuple(class_labels.shape)} "
+                f"and dtype {class_labels.dtype}."
             )
         # Looking at values on an accelerator would stop the queue; there the pipeline checks them once.
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -165,8 +165,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return -c_out if self.config.prediction_type == "v_prediction" else c_out
 
     def _slope(self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float) -> torch.Tensor:
-        """dx/dsigma = (x - D) / sigma of the probability flow (Algorithm 1, lines 4 and 7), with D = c_skip x + c_out F
-        put in: at low noise x and D are nearly equal, and their difference would keep few of their digits."""
+        """dx/dsigma = (x - D) / sigma of the probability flow (Algorithm 1, lines 4 and 7), D = c_skip x + c_out F put
+        in: at low noise x and D are nearly equal, and their difference would keep few of their digits."""
         return sigma / (sigma**2 + self.config.sigma_data**2) * sample - self._c_out(sigma) / sigma * model_output
 
     def loss_weight(self, sigma: float | torch.Tensor) -> float | torch.Tensor:

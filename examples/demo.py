@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The same portraits at many sizes, most of them never seen in training: writes outputs/demo.png.
 
-    python examples/demo.py [--model checkpoints/dfu-portraits] [--output outputs/demo.png]
+python examples/demo.py [--model checkpoints/dfu-portraits] [--output outputs/demo.png]
 """
 
 import argparse

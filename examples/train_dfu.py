@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", help="folder of images, searched recursively (default: procedural portraits)")
+    data.add_argument("--train_data_dir", help="folder of images, nested ones too (default: procedural portraits)")
     data.add_argument("--random_flip", action="store_true", help="mirror half of the images")
     data.add_argument("--resolutions", nargs="+", default=["16", "24", "32"], help="HEIGHT or HEIGHTxWIDTH")
     data.add_argument("--resolution_weights", nargs="+", type=float, help="how often each is drawn (default: equally)")
@@ -124,10 +124,9 @@ def plot_loss(rows: list[dict], path: Path) -> None:
     for resolution in sorted({row["resolution"] for row in rows}):
         chosen = [row for row in rows if row["resolution"] == resolution]
         window = max(1, len(chosen) // 50)
-        means = [
-            sum(row["loss"] for row in chosen[i : i + window]) / window for i in range(0, len(chosen) - window + 1, window)
-        ]
-        axes.plot([chosen[i * window]["step"] for i in range(len(means))], means, label=resolution)
+        groups = [chosen[i : i + window] for i in range(0, len(chosen) - window + 1, window)]
+        means = [sum(row["loss"] for row in group) / window for group in groups]
+        axes.plot([group[-1]["step"] for group in groups], means, label=resolution)
     axes.set(xlabel="step", ylabel="EDM loss", yscale="log")
     axes.legend(title="resolution")
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -170,10 +169,9 @@ def main(argv=None) -> None:
         len(dataset), args.batch_size, args.resolutions, args.resolution_weights, args.max_train_steps, start_step,
         args.seed, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    # With a generator of its own the loader draws nothing from the global one, so that a resumed run draws the same noise.
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=args.num_workers, generator=torch.Generator().manual_seed(args.seed)
-    )
+    # With a generator of its own the loader leaves the global one alone, so that a resumed run draws the same noise.
+    own = torch.Generator().manual_seed(args.seed)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, generator=own)
 
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -216,7 +214,7 @@ def main(argv=None) -> None:
             "learning_rate": lr_scheduler.get_last_lr()[0], "seconds": round(time.time() - started, 1),
         }  # fmt: skip
         if not math.isfinite(row["loss"]):
-            raise SystemExit(f"The loss of step {done} is {row['loss']}: lower --learning_rate, or try another precision.")
+            raise SystemExit(f"The loss of step {done} is {row['loss']}: lower --learning_rate.")
         progress.update()
         progress.set_postfix(loss=f"{row['loss']:.3f}", resolution=row["resolution"])
         if accelerator.is_main_process:
@@ -246,7 +244,7 @@ def find_checkpoint(args, output: Path) -> tuple[int, Path | None]:
     found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     folder = found[-1] if args.resume_from_checkpoint == "latest" and found else Path(args.resume_from_checkpoint)
     if not folder.is_dir():
-        raise SystemExit(f"There is no checkpoint {folder}; {output} holds: {[path.name for path in found] or 'none'}.")
+        raise SystemExit(f"There is no checkpoint {folder}; {output} has {[path.name for path in found] or 'none'}.")
     return int(folder.name.split("-")[1]), folder
 
 

@@ -3,8 +3,8 @@
 import csv
 
 import torch
-from benchmarks import bench_dual_conv
 
+from benchmarks import bench_dual_conv
 from dfu_diffusers.modeling_dfu import SpectralConv2d
 
 

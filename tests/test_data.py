@@ -90,7 +90,8 @@ def test_images_of_a_folder_come_at_any_size(photo_table, size, mode, channels):
 
 def test_the_crop_keeps_the_aspect_ratio(photo_table):
     """A square view of a horizontal ramp that is 1.5 times as wide as high shows its middle two thirds."""
-    wide = next(i for i in range(3) if photo_table[i]["image"].size == (90, 60) and photo_table[i]["image"].mode == "RGB")
+    pictures = [photo_table[i]["image"] for i in range(3)]
+    wide = next(i for i, picture in enumerate(pictures) if picture.size == (90, 60) and picture.mode == "RGB")
     view = ImageDataset(photo_table)[wide, (60, 60)]["image"]
     whole = torch.from_numpy(np.array(photo_table[wide]["image"], dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
     assert torch.allclose(view, whole[:, :, 15:75], atol=1e-6)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from examples import demo
 from PIL import Image
 from reference.spectral import coefficient
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from examples import demo
 
 SIZES = [(32, 32), (33, 47), (128, 64), (7, 200), (1, 1)]
 
@@ -38,10 +38,10 @@ def test_the_demo_draws_a_sheet(tmp_path):
     scheduler = EDMHeunScheduler()
     DFUPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch:  # one step of each size is enough to see the sheet
-        original = DFUPipeline.__call__
-        patch.setattr(DFUPipeline, "__call__", lambda self, **options: original(self, num_inference_steps=1, **options))
-        demo.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out" / "demo.png"), "--large", "64"])
-    sheet = Image.open(tmp_path / "out" / "demo.png")
+        original, output = DFUPipeline.__call__, tmp_path / "out" / "demo.png"
+        patch.setattr(DFUPipeline, "__call__", lambda self, **given: original(self, num_inference_steps=1, **given))
+        demo.main(["--model", str(tmp_path / "model"), "--output", str(output), "--large", "64"])
+    sheet = Image.open(output)
     grid = [(x, y) for x in range(64, 640, 128) for y in range(80, 528, 128)]
     odd, large = [(x, 576) for x in range(16, 768, 128)], [(896, 272), (1408, 272)]
     assert all(sheet.getpixel(place) != (255, 255, 255) for place in grid + odd + large)

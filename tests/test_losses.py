@@ -24,7 +24,7 @@ def nothing_learned(sample, timestep, class_labels=None):
 
 
 def test_a_network_that_learned_nothing_scores_one():
-    """With data of standard deviation sigma_data, the weight makes every noise level count 1 at the start (EDM, eq. 8)."""
+    """With data of standard deviation sigma_data, the weight makes every noise level count 1 at the start (eq. 8)."""
     per_image = loss(nothing_learned, images(0.5))
     assert per_image.shape == (4000,)
     assert abs(per_image.mean().item() - 1) < 0.02
@@ -38,11 +38,13 @@ def test_the_ideal_denoiser_of_gaussian_data_scores_what_theory_says():
         sigma = torch.exp(4 * timestep).view(-1, 1, 1, 1)
         noisy = sample * (sigma**2 + sigma_data**2).sqrt()
         denoised = noisy * std**2 / (std**2 + sigma**2)
-        c_skip, c_out = sigma_data**2 / (sigma**2 + sigma_data**2), sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+        total = sigma**2 + sigma_data**2
+        c_skip, c_out = sigma_data**2 / total, sigma * sigma_data / total.sqrt()
         return SimpleNamespace(sample=(denoised - c_skip * noisy) / c_out)
 
     got = loss(ideal, images(std)).mean().item()
-    sigma = torch.exp(-1.2 + 1.2 * torch.randn(200_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    normal = torch.randn(200_000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sigma = torch.exp(-1.2 + 1.2 * normal)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     expected = (weight * std**2 * sigma**2 / (std**2 + sigma**2)).mean().item()
     assert abs(got / expected - 1) < 0.02

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
     ConfigMixin,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,

@@ -10,9 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
-from examples import train_dfu
-
 from dfu_diffusers import DFUPipeline
+from examples import train_dfu
 
 TINY = [
     "--model_config", str(train_dfu.CONFIGS / "tiny.json"), "--resolutions", "8", "8x12", "--batch_size", "4",
