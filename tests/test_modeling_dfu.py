@@ -1,0 +1,656 @@
+"""DFUModel and its layers against direct sums, other grids, themselves in other modes, and diffusers' machinery."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import redraw
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from reference import spectral as ref
+
+from dfu_diffusers.modeling_dfu import DFUModel, DualConv2d, SpectralConv2d, _cached_fourier_matrices, resample
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+PARAMETERS = {
+    "church-96": 630_576_131,
+    "cifar-32": 183_735_811,
+    "ffhq-160": 2_248_364_035,
+    "ffhq-96": 630_576_131,
+    "portraits": 7_192_771,
+    "tiny": 78_227,
+}
+side = st.integers(1, 40)
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def spectral(in_channels, out_channels, modes, dtype=torch.float32):
+    return redraw(SpectralConv2d(in_channels, out_channels, modes)).to(dtype)
+
+
+def identity(channels, modes, dtype=torch.float64):
+    """A SpectralConv2d that passes its modes on as they are."""
+    layer = SpectralConv2d(channels, channels, modes).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat([torch.eye(channels), torch.zeros(channels, channels)], 1))
+    return layer
+
+
+def relative_error(result, expected):
+    return ((result.double() - expected).norm() / expected.norm()).item()
+
+
+# --- SpectralConv2d: values ---
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    size=st.tuples(side, side),
+    new_size=st.none() | st.tuples(side, side),
+    modes=st.integers(1, 4) | st.tuples(st.integers(1, 5), st.integers(1, 6)),
+)
+@example((1, 1), None, 3)
+@example((1, 40), (40, 1), (5, 2))
+@example((8, 8), None, (4, 5))  # modes exactly at the Nyquist frequency
+@example((7, 11), (8, 10), (4, 5))
+@example((97, 131), None, (2, 3))
+@example((13, 17), (97, 131), 3)
+def test_spectral_conv_equals_direct_sum(size, new_size, modes):
+    x = draw(2, 3, *size, seed=hash(size) % 1000, dtype=torch.float64)
+    layer = spectral(3, 4, modes, torch.float64)
+    expected = ref.spectral_conv2d(x, layer.weight, layer.modes, new_size)
+    assert layer(x, new_size).shape == expected.shape
+    assert relative_error(layer(x, new_size), expected) < 1e-10
+    layer.float()
+    expected = ref.spectral_conv2d(x.float(), layer.weight, layer.modes, new_size)
+    assert relative_error(layer(x.float(), new_size), expected) < 1e-5
+
+
+def test_product_is_complex_mode_by_mode():
+    """One wave a cos(2 pi (k y + l x) + p) through a mode R = |R| exp(i q) leaves as a |R| cos(... + p + q)."""
+    size = (10, 12)
+    y, x = torch.meshgrid((torch.arange(10.0) + 0.5) / 10, (torch.arange(12.0) + 0.5) / 12, indexing="ij")
+    layer = spectral(1, 1, (3, 4))
+    for k in range(-3, 3):
+        for l in range(1, 4):  # noqa: E741
+            real, imaginary = layer.weight[(k + 3) * 4 + l, 0].tolist()
+            angle = 2 * math.pi * (k * y + l * x) + 0.7
+            gain, turn = math.hypot(real, imaginary), math.atan2(imaginary, real)
+            result = layer(2 * torch.cos(angle)[None, None], size)[0, 0]
+            torch.testing.assert_close(result, 2 * gain * torch.cos(angle + turn), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("size, new_size", [((16, 16), (16, 16)), ((16, 21), (32, 13)), ((19, 23), (9, 11))])
+def test_spectral_conv_equals_fft_with_half_pixel_phases(size, new_size):
+    r, c = modes = (4, 5)
+    layer, x = spectral(3, 2, modes, torch.float64), draw(2, 3, *size, dtype=torch.float64)
+    k = torch.arange(-r, r)
+
+    def half_pixel(height, width):
+        rows, columns = k.double() / height, torch.arange(c, dtype=torch.float64) / width
+        return torch.exp(1j * math.pi * (rows[:, None] + columns))
+
+    coefficients = torch.fft.rfft2(x, norm="forward")[:, :, k % size[0]][..., :c] / half_pixel(*size)
+    weight = torch.complex(*layer.weight.chunk(2, -1)).view(2 * r, c, 3, 2)
+    spectrum = torch.zeros(2, 2, new_size[0], new_size[1] // 2 + 1, dtype=torch.complex128)
+    spectrum[:, :, k % new_size[0], :c] = torch.einsum("bikl,klio->bokl", coefficients, weight) * half_pixel(*new_size)
+    expected = torch.fft.irfft2(spectrum, s=new_size, norm="forward")
+    torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+@pytest.mark.parametrize("new_size", [None, (11, 40)])
+def test_spectral_conv_in_low_precision(dtype, bound, new_size):
+    layer, x = spectral(16, 16, (4, 5), dtype), draw(2, 16, 32, 24, dtype=dtype)
+    result = layer(x, new_size)
+    assert result.dtype == dtype
+    assert relative_error(result, ref.spectral_conv2d(x, layer.weight, layer.modes, new_size)) < bound
+
+
+def test_autocast():
+    layer = redraw(DualConv2d(16, 16, (4, 5)))
+    x = draw(2, 16, 17, 12)
+    expected = layer.double()(x.double(), (9, 24))
+    for inputs in (x, x.bfloat16()):
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            result, part = layer(inputs, (9, 24)), layer.spectral(inputs)
+        assert result.dtype == part.dtype == torch.bfloat16
+        assert relative_error(result, expected) < 1e-2
+    result.float().sum().backward()
+    assert layer.spectral.weight.grad.dtype == torch.float32
+    layer.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x.double(), (9, 24)), expected)
+
+
+# --- Grids ---
+
+
+@pytest.mark.parametrize("size", [(9, 10), (12, 9), (27, 27), (64, 37), (10, 100)])
+def test_same_layer_on_two_grids(size):
+    """A band-limited input gives the same function on every grid that resolves it: in float32 to 1e-5."""
+    layer = spectral(3, 4, (4, 5))
+    expected = layer(ref.band_limited(30, 30, 4, 4).float(), size)
+    result = layer(ref.band_limited(*size, 4, 4).float())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_same_function_at_shared_points():
+    layer = spectral(3, 4, (4, 5), torch.float64)
+    coarse, fine = (layer(ref.band_limited(*size, 4, 4)) for size in ((9, 11), (27, 55)))
+    # (3 j + 1 + 1/2) / 27 = (j + 1/2) / 9
+    torch.testing.assert_close(fine[:, :, 1::3, 2::5], coarse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (31, 16)])
+@pytest.mark.parametrize("new_size", [(7, 7), (16, 16), (8, 33), (53, 9)])
+def test_identity_weights_resample_exactly(size, new_size):
+    layer = identity(3, (4, 4))
+    x, expected = (ref.band_limited(*grid, 3, 3) for grid in (size, new_size))
+    torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+    assert relative_error(layer.float()(x.float(), new_size), expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(24, 24), (48, 48), (12, 40), (16, 9), (23, 12), (17, 31)])
+def test_spatial_and_spectral_path_stay_aligned(size):
+    """Half a pixel of 24 is a phase of 0.13: both paths must show the lowest modes where they were."""
+    layer = DualConv2d(1, 1, (2, 2)).double()
+    layer.spectral = identity(1, (2, 2))
+    with torch.no_grad():
+        layer.spatial.weight.zero_()[:, :, 1, 1] = 1
+    x = ref.band_limited(24, 24, 1, 1)[:, :1]
+    spatial, both = layer.spatial(resample(x, size)), layer(x, size)
+    for mode in ((1, 0), (0, 1)):
+        original = ref.coefficient(x, *mode)
+        for image in (spatial, both, both - spatial):
+            assert abs((ref.coefficient(image, *mode) / original).angle()) < 0.02
+
+
+@pytest.mark.parametrize("size", [(10, 4), (5, 8), (20, 24)])
+def test_ramp_keeps_its_place(size):
+    def ramp(height, width):
+        y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (height, width))
+        return (3 * y[:, None] - 2 * x)[None, None]
+
+    result, expected = resample(ramp(20, 24), size), ramp(*size)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+def area_matrix(old, new):
+    """Share of pixel j in cell i, from the overlap of their intervals."""
+    rows = []
+    for i in range(new):
+        rows.append([max(0.0, min((i + 1) / new, (j + 1) / old) - max(i / new, j / old)) * new for j in range(old)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def nearest_matrix(old, new):
+    """The pixel whose cell holds the centre (2 i + 1) / (2 new)."""
+    return torch.eye(old, dtype=torch.float64)[[(2 * i + 1) * old // (2 * new) for i in range(new)]]
+
+
+def lies_between_pixels(old, new):
+    """Whether some new centre has two nearest pixels, either of which will do."""
+    return any((2 * i + 1) * old % (2 * new) == 0 for i in range(new))
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.tuples(side, side), new_size=st.tuples(side, side))
+@example((40, 39), (20, 20))
+@example((24, 26), (12, 13))
+def test_spatial_resampling(size, new_size):
+    x = draw(1, 2, *size, dtype=torch.float64)
+    if not any(old < new and lies_between_pixels(old, new) for old, new in zip(size, new_size)):
+        rows, columns = ((area_matrix if new <= old else nearest_matrix)(old, new) for old, new in zip(size, new_size))
+        torch.testing.assert_close(resample(x, new_size), rows @ x @ columns.T, rtol=0, atol=1e-12)
+    constant = resample(torch.full((1, 1, *size), 0.3), new_size)
+    torch.testing.assert_close(constant, torch.full((1, 1, *new_size), 0.3))
+
+
+# --- SpectralConv2d and DualConv2d as modules ---
+
+
+def test_state_is_real_and_of_rank_four_at_most(make_model):
+    layer = SpectralConv2d(3, 5, modes=(4, 6))
+    layer(draw(1, 3, 8, 8))
+    assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == {"weight": (2 * 4 * 6, 3, 2 * 5)}
+    assert SpectralConv2d(3, 5, modes=4).modes == (4, 5)
+    model = make_model(num_class_embeds=3, num_augment_labels=2)
+    model(draw(1, 3, 9, 9), 0.1, torch.tensor([1]))
+    assert not list(model.buffers())
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32 and tensor.ndim <= 4, name
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_residual_is_added(memory_format):
+    layer, x = spectral(3, 4, 2), draw(2, 3, 9, 7)
+    residual = draw(2, 4, 5, 11, seed=1).to(memory_format=memory_format)
+    expected = residual + layer(x, (5, 11))
+    torch.testing.assert_close(layer(x, (5, 11), residual=residual.clone()), expected)
+
+
+def test_dual_conv_is_the_sum_of_its_parts():
+    layer, x = redraw(DualConv2d(3, 4, 2)), draw(2, 3, 9, 7)
+    torch.testing.assert_close(layer(x), layer.spatial(x) + layer.spectral(x))
+    torch.testing.assert_close(layer(x, (5, 11)), layer.spatial(resample(x, (5, 11))) + layer.spectral(x, (5, 11)))
+
+
+def test_gradients():
+    layer = redraw(DualConv2d(2, 3, (2, 2))).double()
+    x = draw(2, 2, 5, 4, dtype=torch.float64).requires_grad_()
+    parameters = dict(layer.named_parameters())
+
+    for size in (None, (3, 2), (4, 7)):
+
+        def run(x, *values):
+            return torch.func.functional_call(layer, dict(zip(parameters, values)), (x, size))  # noqa: B023
+
+        assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+
+
+@pytest.mark.parametrize("context", ["inference_mode", "grad", "jvp", "vmap"])
+def test_cached_matrices_serve_later_calls(context):
+    layer, x = spectral(2, 3, 2), draw(1, 2, 6, 5)
+    _cached_fourier_matrices.cache_clear()
+    if context == "inference_mode":
+        with torch.inference_mode():
+            first = layer(x)
+    elif context == "grad":
+        torch.func.grad(lambda x: layer(x).sum())(x)
+        first = layer(x)
+    elif context == "jvp":
+        first = torch.func.jvp(layer, (x,), (x,))[1]  # the layer is linear
+    else:
+        first = torch.func.vmap(lambda x: layer(x[None])[0])(x)
+    second = layer(x.requires_grad_())
+    second.sum().backward()
+    torch.testing.assert_close(second, first)
+    assert x.grad.abs().min() > 0 and layer.weight.grad is not None
+
+
+# --- Compilation ---
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layer(backend):
+    torch._dynamo.reset()
+    layer = redraw(DualConv2d(3, 4, (4, 3)))
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = draw(2, 3, 16, 16)
+    torch.testing.assert_close(compiled(x, (9, 20)), layer(x, (9, 20)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layer_of_dynamic_size(backend):
+    torch._dynamo.reset()
+    layer = redraw(DualConv2d(3, 4, (4, 3)))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for size in ((16, 16), (24, 20), (33, 50)):
+        x = draw(2, 3, *size)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_model(make_model, backend):
+    torch._dynamo.reset()
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    for size in ((16, 16), (13, 20)):
+        x = draw(2, 3, *size)
+        torch.testing.assert_close(compiled(x, -0.3).sample, model(x, -0.3).sample, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_repeated_blocks(make_model):
+    torch._dynamo.reset()
+    model, x = make_model(), draw(2, 3, 16, 16)
+    expected = model(x, -0.3).sample
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=64):
+        torch.testing.assert_close(model(x, -0.3).sample, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- DFUModel: shapes and parameters ---
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.tuples(side, side), conv_type=st.sampled_from(["dual", "spatial", "spectral"]))
+@example((1, 1), "spectral")
+@example((1, 40), "dual")
+def test_every_size(make_model, size, conv_type):
+    model = make_model(conv_type=conv_type, fourier_modes=((4, 3), 2, (1, 1)))
+    with torch.no_grad():
+        result = model(draw(1, 3, *size), -0.5).sample
+    assert result.shape == (1, 3, *size)
+    assert result.isfinite().all() and result.abs().max() > 1e-3
+
+
+def test_conv_types(make_model):
+    def names(conv_type):
+        return set(make_model(conv_type=conv_type, fourier_modes=(4, 2, 1)).state_dict())
+
+    dual, spatial, fourier = names("dual"), names("spatial"), names("spectral")
+    assert dual == spatial | fourier
+    assert not any(".spectral." in name for name in spatial)
+    assert not any(".spatial." in name for name in fourier)
+    mixed = make_model()  # the lowest level has no modes: its 3x3 convolutions stay alone
+    assert mixed.mid_blocks[0].conv1.spectral is None
+    assert mixed.conv_in.spectral is not None and mixed.conv_out.spectral is not None
+    assert [b.level for b in mixed.up_blocks] == [2, 2, 2, 1, 1, 1, 0, 0]  # "up" works with the modes it comes from
+    assert mixed.up_blocks[2].conv1.spectral is None and mixed.up_blocks[5].conv1.spectral.modes == (2, 3)
+    assert mixed.down_blocks[1].conv1.spectral.modes == (2, 3)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_parameter_count_of_presets(path):
+    with torch.device("meta"):
+        model = DFUModel.from_config(DFUModel.load_config(path))
+    assert model.num_parameters() == PARAMETERS[path.stem]
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, 630_576_131 - 1_152),
+        ({"num_augment_labels": 9}, 630_576_131),
+        (
+            dict(
+                block_out_channels=(128, 256, 256, 256, 256, 256),
+                fourier_modes=((32, 17), (16, 9), (8, 5), (4, 3), None, None),
+                attention_levels=(4,),
+                num_augment_labels=9,
+            ),
+            2_248_364_035,
+        ),
+    ],
+)
+def test_parameter_count_of_the_authors_models(changes, expected):
+    with torch.device("meta"):
+        assert DFUModel(**changes).num_parameters() == expected
+
+
+def test_starts_at_zero():
+    model = DFUModel(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(4, 2), attention_levels=(1,))
+    result = model(draw(1, 3, 16, 12), 0.0).sample
+    assert 0 < result.abs().max() < 1e-3
+
+
+def test_every_parameter_has_a_gradient(make_model):
+    """So DDP needs no find_unused_parameters."""
+    model = make_model(num_class_embeds=1, num_augment_labels=2).train()
+    model(draw(2, 3, 32, 32), 0.1, torch.tensor([0, 0]), augment_labels=draw(2, 2)).sample.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+# --- DFUModel: inputs ---
+
+
+def test_outputs(make_model):
+    model, x = make_model(), draw(2, 3, 9, 12)
+    expected = model(x, 0.2).sample
+    assert torch.equal(model(x, 0.2, return_dict=False)[0], expected)
+    assert len(model(x, 0.2, return_dict=False)) == 1
+    assert torch.equal(model(x, 0.2).sample, expected)  # deterministic
+    assert torch.equal(make_model()(x, 0.2)[0], expected)
+    assert not expected.isnan().any() and expected.is_contiguous()
+
+
+def test_timesteps(make_model):
+    model, x = make_model(), draw(2, 3, 8, 8)
+    for t in (-1.25, 3, -0.37):
+        expected = model(x, t).sample
+        for same in (torch.tensor(t), torch.tensor([t]), torch.tensor([t, t]), torch.tensor([t, t]).double()):
+            torch.testing.assert_close(model(x, same).sample, expected)
+    assert (model(x, -0.6).sample - model(x, -0.4).sample).abs().max() > 1e-3
+    assert (model(x, -0.4).sample - model(x, 0).sample).abs().max() > 1e-3
+    both = model(x, torch.tensor([-0.6, 0.7])).sample
+    torch.testing.assert_close(both, torch.cat([model(x[:1], -0.6).sample, model(x[1:], 0.7).sample]))
+
+
+def test_images_of_a_batch_are_independent(make_model):
+    model = make_model(num_class_embeds=4)
+    x, t, labels = draw(3, 3, 13, 10), torch.tensor([-1.0, 0.3, 1.1]), torch.tensor([3, 0, 1])
+    together = model(x, t, labels).sample
+    for i in range(3):
+        torch.testing.assert_close(together[i], model(x[i : i + 1], t[i], labels[i : i + 1]).sample[0])
+
+
+def test_labels(make_model):
+    model, x = make_model(num_class_embeds=3, num_augment_labels=2), draw(2, 3, 8, 8)
+    base = model(x, 0.1, torch.tensor([0, 2])).sample
+    assert (model(x, 0.1, torch.tensor([0, 1])).sample - base)[1].abs().max() > 1e-3
+    zeros = model(x, 0.1, torch.tensor([0, 2]), augment_labels=torch.zeros(2, 2)).sample
+    torch.testing.assert_close(zeros, base)
+    augmented = model(x, 0.1, torch.tensor([0, 2]), augment_labels=torch.tensor([[0, 0], [0, 1]])).sample
+    torch.testing.assert_close(augmented[0], base[0])
+    assert (augmented - base)[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(block_out_channels=()), ["block_out_channels", "()"]),
+        (dict(block_out_channels=(7, 8, 8)), ["even", "7"]),
+        (dict(block_out_channels=(2, 8, 8)), ["at least 4", "2"]),
+        (dict(block_out_channels=(8, 8.0, 8)), ["integers", "8.0"]),
+        (dict(block_out_channels=64), ["block_out_channels", "64"]),
+        (dict(fourier_modes=(4, 2)), ["3 levels", "(4, 2)"]),
+        (dict(fourier_modes=4), ["fourier_modes", "list or tuple", "4"]),
+        (dict(fourier_modes=(4, 2, 0)), ["at least 1", "0"]),
+        (dict(fourier_modes=(4, 2, (1, 2, 3))), ["(rows, columns)", "(1, 2, 3)"]),
+        (dict(fourier_modes=(4, 2, 1.5)), ["integer", "1.5"]),
+        (dict(fourier_modes=(4, 2, True)), ["integer", "True"]),
+        (dict(conv_type="fourier"), ["'spatial'", "'fourier'"]),
+        (dict(conv_type="spectral"), ["fourier_modes[2]", "'dual'"]),
+        (dict(attention_levels=(3,)), ["0 to 2", "(3,)"]),
+        (dict(attention_levels=(-1,)), ["0 to 2", "(-1,)"]),
+        (dict(attention_levels=2), ["attention_levels", "2"]),
+        (dict(dropout=1.0), ["[0, 1)", "1.0"]),
+        (dict(dropout=-0.1), ["[0, 1)", "-0.1"]),
+        (dict(dropout="no"), ["[0, 1)", "no"]),
+        (dict(in_channels=0), ["in_channels", "at least 1", "0"]),
+        (dict(out_channels=1.5), ["out_channels", "integer", "1.5"]),
+        (dict(layers_per_block=0), ["layers_per_block", "at least 1", "0"]),
+        (dict(norm_num_groups=0), ["norm_num_groups", "at least 1", "0"]),
+        (dict(num_augment_labels=-1), ["num_augment_labels", "at least 0", "-1"]),
+        (dict(num_class_embeds=0), ["num_class_embeds", "0", "None"]),
+        (dict(num_class_embeds=2.5), ["num_class_embeds", "2.5", "None"]),
+    ],
+    ids=str,
+)
+def test_bad_arguments(make_model, changes, words):
+    with pytest.raises((ValueError, TypeError)) as error:
+        make_model(**changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bad_arguments_of_layers():
+    with pytest.raises(ValueError, match="needs Fourier modes, but got None"):
+        DualConv2d(3, 4, None, "spectral")
+    with pytest.raises(ValueError, match="'dual', 'spatial' or 'spectral', but got 'both'"):
+        DualConv2d(3, 4, 4, "both")
+    for modes in (0, (4, -1), "ab", (1,), 2.5, None):
+        with pytest.raises(ValueError, match="must be"):
+            SpectralConv2d(3, 4, modes)
+
+
+X = torch.zeros(2, 3, 8, 8)
+LABELS = torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize(
+    "config, arguments, error, words",
+    [
+        ({}, dict(sample=X.long()), TypeError, ["floating point", "int64"]),
+        ({}, dict(sample=X.numpy()), TypeError, ["floating point tensor", "ndarray"]),
+        ({}, dict(sample=X[0]), ValueError, ["(batch, 3, height, width)", "(3, 8, 8)"]),
+        ({}, dict(sample=X[:, :2]), ValueError, ["in_channels=3", "(2, 2, 8, 8)"]),
+        ({}, dict(sample=X[..., :0]), ValueError, ["without empty dimensions", "(2, 3, 8, 0)"]),
+        ({}, dict(class_labels=LABELS), ValueError, ["unconditional", "num_class_embeds"]),
+        ({}, dict(augment_labels=torch.zeros(2, 9)), ValueError, ["(2, 0)", "(2, 9)"]),
+        ({}, dict(timestep=torch.zeros(3)), ValueError, ["timestep", "(3,)", "2"]),
+        ("classes", dict(), ValueError, ["class_labels", "[0, 3)"]),
+        ("classes", dict(class_labels=LABELS[:1]), ValueError, ["2 integers", "(1,)"]),
+        ("classes", dict(class_labels=LABELS[:, None]), ValueError, ["2 integers", "(2, 1)"]),
+        ("classes", dict(class_labels=LABELS.float()), ValueError, ["integers", "float32"]),
+        ("classes", dict(class_labels=LABELS + 1), ValueError, ["[0, 3)", "[1, 3]"]),
+        ("classes", dict(class_labels=LABELS - 1), ValueError, ["[0, 3)", "[-1, 1]"]),
+        ("classes", dict(class_labels=[0, 1]), TypeError, ["class_labels", "tensor", "list"]),
+        ("augment", dict(augment_labels=torch.zeros(9)), ValueError, ["(2, 9)", "(9,)"]),
+        ("augment", dict(augment_labels=[[0.0] * 9] * 2), TypeError, ["augment_labels", "tensor", "list"]),
+    ],
+)
+def test_bad_inputs(make_model, config, arguments, error, words):
+    config = {"classes": dict(num_class_embeds=3), "augment": dict(num_augment_labels=9)}.get(config or None, {})
+    with pytest.raises(error) as raised:
+        make_model(**config)(**{"sample": X, "timestep": 0.1, **arguments})
+    for word in words:
+        assert word in str(raised.value)
+
+
+# --- DFUModel: saving ---
+
+
+@pytest.mark.parametrize("modes", [((4, 3), 2, None), [[4, 3], 2, None], (4, (2, 1), 1)])
+def test_save_and_load(make_model, tmp_path, modes):
+    model = make_model(fourier_modes=modes, num_class_embeds=3)
+    x, labels = draw(2, 3, 11, 8), torch.tensor([0, 2])
+    expected = model(x, -0.3, labels).sample
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    saved = json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert saved["fourier_modes"] == json.loads(json.dumps(modes))
+    loaded = DFUModel.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert torch.equal(loaded(x, -0.3, labels).sample, expected)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    again = DFUModel.from_config(loaded.config)
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+# --- DFUModel: training ---
+
+
+def test_gradient_checkpointing(make_model):
+    model, x = make_model().train(), draw(2, 3, 9, 12)
+    blocks = [*model.down_blocks, *model.mid_blocks, *model.up_blocks]
+    calls = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, _: calls.append(block))
+
+    def gradients():
+        model.zero_grad()
+        calls.clear()
+        model(x, 0.4).sample.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}, len(calls)
+
+    expected, count = gradients()
+    assert count == len(blocks)
+    model.enable_gradient_checkpointing()
+    result, count = gradients()
+    assert count == 2 * len(blocks)  # every block ran again on the way back
+    for name, gradient in result.items():
+        torch.testing.assert_close(gradient, expected[name])
+    with torch.no_grad():
+        calls.clear()
+        model(x, 0.4)
+        assert len(calls) == len(blocks)
+
+
+def test_dropout_acts_in_training_only(make_model):
+    model, x = make_model(dropout=0.5), draw(1, 3, 8, 8)
+    expected = make_model(dropout=0.0)(x, 0.1).sample
+    assert torch.equal(model(x, 0.1).sample, expected)
+    model.train()
+    assert (model(x, 0.1).sample - model(x, 0.1).sample).abs().max() > 1e-3
+
+
+# --- DFUModel: dtypes, offloading, pipelines ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(make_model, dtype):
+    model, x = make_model(num_class_embeds=2, num_augment_labels=2), draw(2, 3, 12, 11)
+    arguments = dict(class_labels=torch.tensor([1, 0]), augment_labels=draw(2, 2))
+    expected = model(x, -0.4, **arguments).sample.double()
+    result = model.to(dtype)(x.to(dtype), -0.4, **arguments).sample
+    assert result.dtype == dtype
+    assert relative_error(result, expected) < (1e-5 if dtype == torch.float64 else 0.05)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_layerwise_casting(make_model, compute):
+    model, x = make_model(), draw(2, 3, 12, 11)
+    expected = model(x, -0.4).sample.double()
+    model.to(compute)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
+    assert model.embedding_in.weight.dtype == torch.float8_e4m3fn
+    result = model(x.to(compute), -0.4).sample
+    assert result.dtype == compute
+    assert relative_error(result, expected) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level", "cpu_offload", "disk_offload"])
+def test_offloading(make_model, tmp_path, kind):
+    from accelerate import cpu_offload, disk_offload
+
+    model, x = make_model(), draw(2, 3, 12, 11)
+    expected = model(x, -0.4).sample
+    cpu = torch.device("cpu")
+    if kind == "cpu_offload":
+        cpu_offload(model, execution_device=cpu)
+    elif kind == "disk_offload":
+        disk_offload(model, tmp_path, execution_device=cpu)
+        assert model.conv_in.spectral.weight.is_meta
+    else:
+        groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        model.enable_group_offload(
+            onload_device=cpu, offload_device=cpu, offload_type=kind, offload_to_disk_path=str(tmp_path), **groups
+        )
+    with torch.no_grad():
+        assert torch.equal(model(x, -0.4).sample, expected)
+
+
+def test_device_map_with_disk(make_model, tmp_path):
+    model, x = make_model(), draw(1, 3, 8, 8)
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name, _ in model.named_children()} | {"mid_blocks": "disk"}
+    loaded = DFUModel.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    assert loaded.mid_blocks[0].conv2.spatial.weight.is_meta
+    with torch.no_grad():
+        assert torch.equal(loaded(x, 0.1).sample, model(x, 0.1).sample)
+
+
+def test_channels_last(make_model):
+    model, x = make_model(), draw(2, 3, 9, 12)
+    expected = model(x, 0.1).sample
+    result = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), 0.1).sample
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pipeline, scheduler", [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
+def test_stock_pipelines(make_model, generator, pipeline, scheduler):
+    pipe = pipeline(make_model(), scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(batch_size=2, num_inference_steps=3, output_type="np", generator=generator).images
+    assert images.shape == (2, 16, 16, 3) and F.l1_loss(*map(torch.tensor, images)) > 0
+    pipe.unet.register_to_config(sample_size=(8, 12))
+    assert pipe(num_inference_steps=2, output_type="np", generator=generator).images.shape == (1, 8, 12, 3)
