@@ -22,9 +22,9 @@ install_requires = [
 ]
 
 extras = {
-    "train": ["accelerate>=1.0", "datasets>=3.0", "tqdm"],
+    "train": ["accelerate>=1.0", "datasets>=3.0", "matplotlib", "tqdm"],
     "eval": ["scipy", "torchmetrics>=1.4"],
-    "demo": ["matplotlib"],
+    "demo": ["accelerate>=1.0"],  # diffusers loads models with less memory where it is installed
     "quality": ["ruff==0.17.6"],  # pinned: another release may format differently
 }
 # scikit-image and scikit-learn bring the sample photographs that some tests train on.
@@ -36,7 +36,6 @@ extras["test"] = [
     "scikit-learn",
     "scipy",
     *extras["train"],
-    *extras["demo"],
 ]
 
 setup(

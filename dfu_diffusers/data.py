@@ -28,7 +28,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 
 class MixedResolutionBatchSampler(Sampler):
-    """Batches of ((height, width), indices): step n takes the next `batch_size` images at one random resolution.
+    """Batches at mixed resolutions: step n takes the next `batch_size` images, all at one random resolution.
 
     Every epoch visits each image once, in an order drawn from (seed, epoch); batches run across the end of an epoch,
     so that no image is dropped.

@@ -10,7 +10,7 @@ Conventions, held by tests/test_modeling_dfu.py and the slow twins in tests/refe
     coefficients  c(k, l) = 1/(HW) sum v(i, j) exp(-2 pi i (k y_i + l x_j)), the same on every grid that resolves v
     modes (r, c)  rows k = -r .. r-1, columns l = 0 .. c-1; only those below the Nyquist frequency take part
 
-This file imports torch and diffusers only, so that it can travel inside a Hub repository.
+This file imports torch, diffusers and the standard library only, so that it can travel inside a Hub repository.
 """
 
 import math
@@ -51,7 +51,7 @@ def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, device, dtype)
     limit_h, limit_w = (min(height, new_height) - 1) // 2, (min(width, new_width) - 1) // 2
     first, last, columns = -min(r, limit_h), min(r - 1, limit_h), min(c, limit_w + 1)
     k = torch.arange(first, last + 1, device=device)
-    l = torch.arange(columns, device=device)  # noqa: E741
+    l = torch.arange(columns, device=device)
 
     def cos_sin(frequencies, n):
         # 2 pi f (j + 1/2) / n = pi f (2j + 1) / n; reduced as integers, so that float32 is exact to its last bit.
@@ -95,7 +95,7 @@ class SpectralConv2d(nn.Module):
         weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R.
 
     Raises:
-        ValueError: modes that are not one or two positive integers.
+        ValueError: modes that are not one or two positive integers, channels below 1, an input of another shape.
 
     Shape: (batch, in_channels, H, W) -> (batch, out_channels, H', W'); H', W' = `size`, by default H, W.
 
@@ -106,6 +106,8 @@ class SpectralConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, modes: int | tuple[int, int], init_scale: float = 1.0):
         super().__init__()
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(f"Channels must be positive, but got {in_channels} and {out_channels}.")
         self.in_channels, self.out_channels, self.modes = in_channels, out_channels, _parse_modes(modes)
         r, c = self.modes
         self.weight = nn.Parameter(torch.empty(2 * r * c, in_channels, 2 * out_channels))
@@ -116,12 +118,14 @@ class SpectralConv2d(nn.Module):
     ) -> torch.Tensor:
         """Args: x (batch, in_channels, H, W); size (H', W'); residual (batch, out_channels, H', W'), a tensor that
         nobody else needs: the result is accumulated into it, which saves a pass over memory."""
+        new_height, new_width = size = _check_layer_input(x, self.in_channels, size)
         batch, _, height, width = x.shape
-        new_height, new_width = size = tuple(size or (height, width))
         x = x.to(_compute_dtype(x))
         key = ((height, width), size, self.modes, x.device, x.dtype)
-        # A compiled graph holds the construction itself: cached tensors would be inputs that force recompilation.
-        fourier_matrices = _fourier_matrices if torch.compiler.is_compiling() else _cached_fourier_matrices
+        # A compiled graph holds the construction itself: cached tensors would be inputs that force recompilation. And
+        # what a fake tensor leads to is fake, too, of no use to later calls.
+        cacheable = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+        fourier_matrices = _cached_fourier_matrices if cacheable else _fourier_matrices
         (forward_w, forward_h, inverse_h, inverse_w), first, rows, columns = fourier_matrices(*key)
 
         # 1. Kept modes of the input: along W, then along H.
@@ -156,6 +160,19 @@ class SpectralConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, modes={self.modes}"
+
+
+def _check_layer_input(x: torch.Tensor, channels: int, size) -> tuple[int, int]:
+    """Size of a layer's output: `size`, or that of x (batch, channels, H, W) if it is None."""
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+        raise ValueError(
+            f"The layer takes (batch, {channels}, height, width) without empty dimensions, but got {tuple(x.shape)}."
+        )
+    if size is None:
+        return tuple(x.shape[-2:])
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"`size` must be (height, width), two integers of at least 1, but got {size!r}.")
+    return tuple(size)
 
 
 def _is_integer(n) -> bool:
@@ -246,6 +263,7 @@ class DualConv2d(nn.Module):
         _check_conv_type(conv_type)
         if conv_type == "spectral" and modes is None:
             raise ValueError("conv_type='spectral' needs Fourier modes, but got None: give modes or use 'dual'.")
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.spatial = self.spectral = None
         if conv_type != "spectral":
             self.spatial = _init_linear(nn.Conv2d(in_channels, out_channels, 3, padding=1), init_scale)
@@ -254,7 +272,7 @@ class DualConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Args: x (batch, in_channels, H, W); size (H', W') of the output."""
-        size = tuple(size or x.shape[-2:])
+        size = _check_layer_input(x, self.in_channels, size)
         if self.spatial is None:
             return self.spectral(x, size)
         out = self.spatial(resample(x, size))
@@ -308,9 +326,12 @@ class DFUBlock(nn.Module):
 
     Args:
         in_channels, out_channels, embedding_channels: channels of input, output and noise-level embedding.
+        modes, conv_type: of the dual convolutions, see `DualConv2d`.
         level: index of the resolution level the block works on (0 is the full image); for those who freeze by level.
-        resample: "down" or "up" if the block joins two levels: the caller passes the size to go to.
+        resample: "down" or "up" if the block joins two levels.
         attention: end with self-attention.
+        dropout: probability of zeroing a feature before the second convolution, while training.
+        norm_num_groups, norm_eps: of the GroupNorms.
     """
 
     def __init__(
@@ -340,14 +361,20 @@ class DFUBlock(nn.Module):
         self.attention = DFUAttention(out_channels, norm_num_groups, norm_eps) if attention else None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Args: x (batch, in_channels, H, W); embedding (batch, embedding_channels); size (H', W') of the output."""
+        """Args: x (batch, in_channels, H, W); embedding (batch, embedding_channels); size (H', W') to resample to."""
         size = tuple(size or x.shape[-2:])
         h = self.conv1(F.silu(self.norm1(x)), size)
         h = h + self.embedding(embedding)[:, :, None, None]
         h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
         h = self.conv2(h)
-        x = resample(x, size)
-        x = ((x if self.skip is None else self.skip(x)) + h) * SQRT_HALF
+        # A 1x1 convolution commutes with resampling: it runs where there are fewer pixels.
+        if self.skip is None:
+            x = resample(x, size)
+        elif self.resample == "up":
+            x = resample(self.skip(x), size)
+        else:
+            x = self.skip(resample(x, size))
+        x = (x + h) * SQRT_HALF
         return x if self.attention is None else self.attention(x)
 
 
@@ -485,7 +512,7 @@ class DFUModel(ModelMixin, ConfigMixin):
             `UNet2DOutput` with `sample` (batch, out_channels, height, width), or a tuple of it.
 
         Raises:
-            TypeError: a sample that is not a floating point tensor, labels that are no tensors.
+            TypeError: a sample that is not a floating point tensor, a timestep or labels of a wrong type.
             ValueError: a wrong number of dimensions or channels, missing, unexpected or out-of-range labels.
         """
         self._check_inputs(sample, timestep, class_labels, augment_labels)
@@ -540,7 +567,9 @@ class DFUModel(ModelMixin, ConfigMixin):
         embedding = get_timestep_embedding(timestep, channels, flip_sin_to_cos=True).to(sample.dtype)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
-        if self.augment_embedding is not None and augment_labels is not None:
+        if self.augment_embedding is not None:
+            if augment_labels is None:  # zeros, and with them a gradient of zero: DDP waits for one of every parameter
+                augment_labels = embedding.new_zeros(len(embedding), self.config.num_augment_labels)
             embedding = embedding + self.augment_embedding(augment_labels.to(sample.dtype))
         return F.silu(self.embedding_out(F.silu(self.embedding_in(embedding))))
 
@@ -559,6 +588,11 @@ class DFUModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"fourier_modes must have one entry, (rows, columns), int or None, for each of the {len(channels)} "
                 f"levels of block_out_channels={channels}, but got {modes}."
+            )
+        sides = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
+        if len(sides) != 2 or not all(_is_integer(side) and side >= 1 for side in sides):
+            raise ValueError(
+                f"sample_size must be a positive integer or (height, width), but got {config.sample_size!r}."
             )
         _check_conv_type(config.conv_type)
         for level, entry in enumerate(modes):
@@ -580,6 +614,8 @@ class DFUModel(ModelMixin, ConfigMixin):
             lowest = 0 if name == "num_augment_labels" else 1
             if not _is_integer(config[name]) or config[name] < lowest:
                 raise ValueError(f"{name} must be an integer of at least {lowest}, but got {config[name]!r}.")
+        if not isinstance(config.norm_eps, (int, float)) or not config.norm_eps > 0:
+            raise ValueError(f"norm_eps must be a positive number, but got {config.norm_eps!r}.")
         classes = config.num_class_embeds
         if classes is not None and (not _is_integer(classes) or classes < 1):
             raise ValueError(f"num_class_embeds must be a positive integer or None, but got {classes!r}.")
@@ -593,6 +629,8 @@ class DFUModel(ModelMixin, ConfigMixin):
                 f"`sample` must have shape (batch, {self.config.in_channels}, height, width) without empty "
                 f"dimensions, as in_channels={self.config.in_channels}, but got {tuple(sample.shape)}."
             )
+        if not torch.is_tensor(timestep) and not isinstance(timestep, (int, float)):
+            raise TypeError(f"`timestep` must be a number or a tensor, but got {type(timestep).__name__}.")
         if torch.is_tensor(timestep) and tuple(timestep.shape) not in ((), (1,), (sample.shape[0],)):
             raise ValueError(
                 f"`timestep` must be a number, a scalar tensor or one value for each of the {sample.shape[0]} images, "

@@ -40,6 +40,8 @@ class DFUPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._num_timesteps = 0
+        self._interrupt = False
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DFUPipeline":
@@ -53,6 +55,11 @@ class DFUPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Network calls of the current or last run."""
         return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback stopped the current or last run."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(

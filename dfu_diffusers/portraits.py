@@ -93,7 +93,10 @@ def portrait_parameters(indices, seed: int = 0) -> torch.Tensor:
     """
     step = np.uint64(0x9E3779B97F4A7C15)
     key = _splitmix64(np.array([operator.index(seed) % 2**64], dtype=np.uint64) + step)
-    image = _splitmix64(key + step * np.asarray(indices, dtype=np.int64).reshape(-1).astype(np.uint64))
+    indices = np.asarray(indices).reshape(-1)
+    if indices.size and indices.dtype.kind not in "iu":
+        raise TypeError(f"Portraits are numbered by integers, but got indices of type {indices.dtype}.")
+    image = _splitmix64(key + step * indices.astype(np.uint64))
     field = step * np.arange(1, len(PARAMETERS) + 1, dtype=np.uint64)
     unit = (_splitmix64(image[:, None] + field) >> np.uint64(11)) * 2.0**-53  # 53 bits: exact in float64
     low, high = np.array([(p.low, p.high) for p in PARAMETERS]).T
@@ -110,9 +113,14 @@ def _mix(start: torch.Tensor, end: torch.Tensor, weight: torch.Tensor) -> torch.
     return ((end - start) * weight).add_(start)
 
 
+def _colours(colours: str, device: torch.device) -> torch.Tensor:
+    """Hexadecimal sRGB colours, separated by blanks -> (n, 3) in [-1, 1]."""
+    return torch.tensor([list(bytes.fromhex(c)) for c in colours.split()], device=device) / 127.5 - 1
+
+
 def _ramp(colours: str, position: torch.Tensor) -> torch.Tensor:
     """Piecewise linear colour ramp through hexadecimal sRGB: position (n, 1, 1, 1) in [0, 1] -> (n, 3, 1, 1)."""
-    table = torch.tensor([list(bytes.fromhex(c)) for c in colours.split()], device=position.device) / 127.5 - 1
+    table = _colours(colours, position.device)
     place = (position.clamp(0, 1) * (len(table) - 1)).view(-1, 1)
     below = place.long().clamp(max=len(table) - 2).view(-1)
     return _mix(table[below], table[below + 1], place - below[:, None])[..., None, None]
@@ -200,7 +208,7 @@ def _paint(canvas: _Canvas, p: dict[str, torch.Tensor]) -> None:
         return r, r
 
     def plain(colour):
-        return _ramp(f"{colour} {colour}", torch.zeros_like(x))
+        return _colours(colour, x.device).view(1, 3, 1, 1)
 
     x, y, a, b = p["head_x"], p["head_y"], p["head_width"], p["head_height"]
     skin, hair = _ramp(SKIN, p["skin_tone"]), _ramp(HAIR, p["hair_colour"])
@@ -282,10 +290,8 @@ def _as_size(size) -> tuple[int, int]:
 
 
 def _as_count(name: str, value) -> int:
-    if isinstance(value, float):
-        raise ValueError(f"{name}={value!r} is not an integer. Give a whole number of at least 1.")
     try:
-        count = operator.index(value)
+        count = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}. Give a whole number of at least 1.") from None
     if count < 1:

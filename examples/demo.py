@@ -74,7 +74,7 @@ def main(argv=None) -> None:
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.output)
-    print(f"Saved {args.output}: training sizes are in {args.model}/README.md.")
+    print(f"Saved {args.output}.")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main(argv=None) -> list[Path]:
     """Returns the files written."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    if args.sizes and (args.height or args.width):
+    if args.sizes and (args.height is not None or args.width is not None):
         parser.error("--sizes takes the place of --height and --width: give one or the other")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")

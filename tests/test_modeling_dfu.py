@@ -465,6 +465,10 @@ def test_labels(make_model):
         (dict(layers_per_block=0), ["layers_per_block", "at least 1", "0"]),
         (dict(norm_num_groups=0), ["norm_num_groups", "at least 1", "0"]),
         (dict(num_augment_labels=-1), ["num_augment_labels", "at least 0", "-1"]),
+        (dict(sample_size=0), ["sample_size", "0"]),
+        (dict(sample_size=(8, 8, 8)), ["sample_size", "(8, 8, 8)"]),
+        (dict(sample_size="big"), ["sample_size", "big"]),
+        (dict(norm_eps=-1.0), ["norm_eps", "-1.0"]),
         (dict(num_class_embeds=0), ["num_class_embeds", "0", "None"]),
         (dict(num_class_embeds=2.5), ["num_class_embeds", "2.5", "None"]),
     ],
@@ -485,6 +489,40 @@ def test_bad_arguments_of_layers():
     for modes in (0, (4, -1), "ab", (1,), 2.5, None):
         with pytest.raises(ValueError, match="must be"):
             SpectralConv2d(3, 4, modes)
+    with pytest.raises(ValueError, match="positive, but got 0 and 4"):
+        SpectralConv2d(0, 4, 2)
+
+
+@pytest.mark.parametrize("layer", [SpectralConv2d(3, 4, 2), DualConv2d(3, 4, 2), DualConv2d(3, 4, None)])
+def test_bad_inputs_of_layers(layer):
+    for shape in ((3, 8, 8), (1, 2, 8, 8), (1, 3, 0, 8)):
+        with pytest.raises(ValueError, match=r"\(batch, 3, height, width\)"):
+            layer(torch.zeros(shape))
+    for size in (5, (0, 5), (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"`size` must be \(height, width\)"):
+            layer(torch.zeros(1, 3, 8, 8), size=size)
+
+
+def test_fake_and_meta_tensors_leave_nothing_behind(make_model):
+    """Whoever plans memory with them must not spoil the cached matrices of later calls."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _cached_fourier_matrices.cache_clear()
+    model, x = make_model(), draw(1, 3, 9, 14)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(x), 0.1).sample.shape == x.shape
+    with torch.device("meta"):
+        twin = make_model()
+    assert twin.to("meta")(x.to("meta"), 0.1).sample.shape == x.shape
+    assert model(x, 0.1).sample.isfinite().all()
+
+
+def test_without_augment_labels_their_weights_still_get_a_gradient(make_model):
+    """Of zero: DistributedDataParallel waits for a gradient of every parameter."""
+    model, x = make_model(num_augment_labels=9), draw(2, 3, 8, 8)
+    assert torch.equal(model(x, 0.1).sample, model(x, 0.1, augment_labels=torch.zeros(2, 9)).sample)
+    model(x, 0.1).sample.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 X = torch.zeros(2, 3, 8, 8)
@@ -501,6 +539,7 @@ LABELS = torch.tensor([0, 2])
         ({}, dict(sample=X[..., :0]), ValueError, ["without empty dimensions", "(2, 3, 8, 0)"]),
         ({}, dict(class_labels=LABELS), ValueError, ["unconditional", "num_class_embeds"]),
         ({}, dict(augment_labels=torch.zeros(2, 9)), ValueError, ["(2, 0)", "(2, 9)"]),
+        ({}, dict(timestep=None), TypeError, ["timestep", "NoneType"]),
         ({}, dict(timestep=torch.zeros(3)), ValueError, ["timestep", "(3,)", "2"]),
         ("classes", dict(), ValueError, ["class_labels", "[0, 3)"]),
         ("classes", dict(class_labels=LABELS[:1]), ValueError, ["2 integers", "(1,)"]),

@@ -143,7 +143,9 @@ def test_dataset_items_at_other_sizes():
     [
         (lambda: PortraitDataset(10, size=0), ValueError, "size=0 .* at least 1"),
         (lambda: PortraitDataset(10, size=(8, -3)), ValueError, "size=-3"),
-        (lambda: PortraitDataset(10, size=16.5), ValueError, "size=16.5 is not an integer"),
+        (lambda: PortraitDataset(10, size=16.5), TypeError, "size=16.5 is a float"),
+        (lambda: PortraitDataset(10, size=True), TypeError, "size=True is a bool"),
+        (lambda: portrait_parameters([0.7]), TypeError, "numbered by integers"),
         (lambda: PortraitDataset(10, size=(8, 8, 3)), ValueError, "has 3 numbers"),
         (lambda: PortraitDataset(10, size="64"), TypeError, "size='64' is a str"),
         (lambda: PortraitDataset(0), ValueError, "length=0"),

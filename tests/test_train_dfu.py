@@ -53,7 +53,7 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
-    whole = train(tmp_path / "whole", "--max_train_steps", "4")
+    whole = train(tmp_path / "whole", "--max_train_steps", "4", "--sample_steps", "2")
 
     class Interrupted(Exception):
         pass
@@ -66,11 +66,12 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(train_dfu, "edm_loss", stop_after_two)
-        train(tmp_path / "stopped", "--max_train_steps", "4")
+        train(tmp_path / "stopped", "--max_train_steps", "4", "--sample_steps", "2")
     resumed = train(tmp_path / "stopped", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     steps = [row["step"] for row in csv.DictReader(open(tmp_path / "stopped" / "loss.csv"))]
     assert steps == ["1", "2", "3", "4"]
+    assert [path.name for path in (tmp_path / "stopped").glob("*checkpoint*")] == ["checkpoint-4"]
 
 
 def test_photographs_that_ship_inside_scikit_image(tmp_path):
@@ -103,12 +104,34 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, op
     "options, message",
     [
         (["--train_data_dir", "nowhere"], "nowhere is not a folder"),
-        (["--resume_from_checkpoint", "latest"], "There is no checkpoint"),
+        (["--resume_from_checkpoint", "latest"], "latest: no such checkpoint-STEP"),
+        (["--resume_from_checkpoint", "here/checkpoint-7"], "checkpoint-7: no such checkpoint-STEP"),
     ],
 )
 def test_missing_inputs_are_named(tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         train_dfu.main([*TINY, "--output_dir", str(tmp_path / "run"), *options])
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    train(tmp_path, "--max_train_steps", "2")
+    losses = (tmp_path / "loss.csv").read_text()
+    with pytest.raises(SystemExit, match="holds checkpoint-2 of an earlier run"):
+        train(tmp_path, "--max_train_steps", "4")
+    with pytest.raises(SystemExit, match="has done 2 steps already"):
+        train(tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "loss.csv").read_text() == losses
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_class_embeds": 3}, {"out_channels": 1}, {"in_channels": 5, "out_channels": 5}]
+)
+def test_models_this_script_cannot_train_are_refused(tmp_path, change):
+    config = {**json.loads((train_dfu.CONFIGS / "tiny.json").read_text()), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="channels|num_class_embeds"):
+        train(tmp_path / "run", "--max_train_steps", "2", "--model_config", str(tmp_path / "config.json"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder_is_reported(tmp_path):

@@ -1,0 +1,68 @@
+"""The shipped model: small, safe to load, and able to draw portraits that it never saw."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfu_diffusers import DFUPipeline
+from dfu_diffusers.losses import edm_loss
+from dfu_diffusers.portraits import PortraitDataset
+
+FOLDER = Path(__file__).parent.parent / "checkpoints" / "dfu-portraits"
+HELD_OUT = 10_001  # a series of portraits that training never drew from
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = DFUPipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def portraits(count, size):
+    dataset = PortraitDataset(count, size, seed=HELD_OUT)
+    return torch.stack([item["image"] for item in dataset.__getitems__(range(count))])
+
+
+def test_the_folder_is_small_and_holds_no_pickle():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md", ".png", ".csv"}
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 15e6
+    assert json.loads((FOLDER / "model_index.json").read_text())["unet"] == ["dfu_diffusers", "DFUModel"]
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, (20, 28)])
+def test_it_denoises_portraits_it_never_saw(pipe, size):
+    """The loss is 1 for a network that learned nothing, and was below @@BOUND@@ at the end of training."""
+    with torch.no_grad():
+        loss = edm_loss(pipe.unet, pipe.scheduler, portraits(64, size), generator=torch.Generator().manual_seed(0))
+    assert loss.mean() < 0.2
+
+
+def test_samples_look_like_the_mean_portrait(pipe):
+    """Heads, hair and shoulders stand where they stand in portraits: the mean images agree, the single ones vary."""
+    real = portraits(256, 32)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    samples = pipe(batch_size=16, height=32, width=32, generator=generators, output_type="pt").images * 2 - 1
+    grey_real, grey_samples = real.mean((0, 1)), samples.mean((0, 1))
+    assert torch.corrcoef(torch.stack([grey_real.flatten(), grey_samples.flatten()]))[0, 1] > 0.8
+    assert 0.6 < samples.std(0).mean() / real.std(0).mean() < 1.4
+
+
+@pytest.mark.slow
+def test_a_1024_pixel_portrait_fits_in_4_gigabytes():
+    """In a process of its own, torch and diffusers included; every network call needs the same, so two suffice."""
+    code = f"""
+import resource
+from dfu_diffusers import DFUPipeline
+pipe = DFUPipeline.from_pretrained({str(FOLDER)!r})
+image = pipe(height=1024, width=1024, num_inference_steps=2).images[0]
+assert image.size == (1024, 1024)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout.split()[-1]) < 4
