@@ -544,6 +544,20 @@ class DFUModel(ModelMixin, ConfigMixin):
         sample = self.conv_out(F.silu(self.norm_out(sample))).contiguous()
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in diffusers, with weights at aligned addresses: a loaded model repeats the saved one bit for bit.
+
+        Weights mapped from a file begin at any address, where a CPU's matrix products take other paths and round
+        differently; a copy in memory of their own puts that right.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # (model, info) with output_loading_info=True
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+        return loaded
+
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Regional compilation: as in diffusers, one graph for each kind of block (channels and size).
 

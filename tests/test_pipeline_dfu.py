@@ -614,11 +614,6 @@ def test_save_and_load_bit_for_bit(saved, pipeline_class):
     assert torch.equal(sample(pipe), loaded_sample)
     weights, expected = pipe.unet.state_dict(), original.unet.state_dict()
     assert list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
-
-    # A loaded weight lies where it lay in the file, at any multiple of 4 bytes, and there BLAS rounds otherwise.
-    assert relative_error(loaded_sample, sample(original)) < 1e-4
-    for parameter in pipe.unet.parameters():
-        parameter.data = parameter.data.clone()
     assert torch.equal(sample(pipe), sample(original))
 
 
