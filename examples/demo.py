@@ -15,7 +15,7 @@ from dfu_diffusers import DFUPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [32, 48, 64, 96, 128]  # shown in a grid, a column each, four portraits high
-LARGE = 512  # two portraits
+LARGE = 512  # one portrait
 ODD = [(33, 33), (61, 61), (97, 131), (48, 96), (96, 48), (127, 64)]  # one portrait each
 CELL, LABEL = 128, 16
 
@@ -47,12 +47,12 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo.png")
-    parser.add_argument("--large", type=int, default=LARGE, help="size of the two large portraits")
+    parser.add_argument("--large", type=int, default=LARGE, help="size of the large portrait")
     args = parser.parse_args(argv)
     pipe = DFUPipeline.from_pretrained(args.model)
     seeds = [0, 1, 2, 3]
 
-    sheet = Image.new("RGB", (len(SMALL) * CELL + 2 * 4 * CELL, 5 * CELL + 2 * LABEL), "white")
+    sheet = Image.new("RGB", ((len(SMALL) + 4) * CELL, 5 * CELL + 2 * LABEL), "white")
     draw = ImageDraw.Draw(sheet)
 
     def place(image: Image.Image, x: int, y: int, side: int, label: str = "") -> None:
@@ -68,9 +68,8 @@ def main(argv=None) -> None:
     for column, (height, width) in enumerate(ODD):
         image = generate(pipe, seeds[:1], height, width)[0]
         place(image, column * CELL, 2 * LABEL + 4 * CELL, CELL, f"{height}x{width}")
-    for column, seed in enumerate(seeds[:2]):
-        image = generate(pipe, [seed], args.large, args.large)[0]
-        place(image, (len(SMALL) + 4 * column) * CELL, LABEL, 4 * CELL, f"{args.large}x{args.large}")
+    image = generate(pipe, seeds[:1], args.large, args.large)[0]
+    place(image, len(SMALL) * CELL, LABEL, 4 * CELL, f"{args.large}x{args.large}")
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.output)
