@@ -1,5 +1,7 @@
 """The demo's noise, and the demo on a tiny model."""
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +33,14 @@ def test_the_low_modes_are_shared_by_all_sizes(size):
             coefficient(demo.noise_of_portrait(5, *n)[None], k, l) * (n[0] * n[1]) ** 0.5 for n in (size, (32, 32))
         )
         assert torch.allclose(here, base, atol=1e-5)
+
+
+def test_agreement_is_the_psnr_after_area_averaging():
+    coarse = [Image.new("L", (2, 1)).convert("RGB") for _ in range(2)]
+    fine = [image.resize((4, 2)) for image in coarse]
+    for image in fine:
+        image.putpixel((0, 0), (204, 204, 204))  # 0.8 in one of four pixels: an error of 0.2 in one of two cells
+    assert abs(demo.agreement(fine, coarse) - -10 * math.log10(0.2**2 / 2)) < 1e-4
 
 
 def test_the_demo_draws_a_sheet(tmp_path):
