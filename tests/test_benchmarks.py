@@ -4,7 +4,8 @@ import csv
 
 import torch
 
-from benchmarks import bench_dual_conv
+from benchmarks import bench_dual_conv, heldout_loss
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.modeling_dfu import SpectralConv2d
 
 
@@ -23,3 +24,14 @@ def test_the_benchmark_runs(tmp_path, capsys):
     assert [row["size"] for row in rows] == [16, 24] and all(row["dual_over_spatial"] > 0 for row in rows)
     assert "| 24 | 1 |" in capsys.readouterr().out
     assert [row["config"] for row in csv.DictReader(open(tmp_path / "table.csv"))] == ["tiny", "tiny"]
+
+
+def test_the_heldout_loss_of_an_untrained_model_is_about_one(tmp_path, capsys):
+    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    pipe = DFUPipeline(unet, EDMHeunScheduler())
+    pipe.save_pretrained(tmp_path)
+    heldout_loss.main(["--model", str(tmp_path), "--sizes", "8", "12x10", "--count", "32"])
+    assert "| 12x10 | 0." in capsys.readouterr().out
+    loss, error = heldout_loss.heldout_loss(pipe, (8, 8), 256)
+    assert abs(loss - 0.85) < 0.15 and 0 < error < 0.1  # portraits vary less than sigma_data, so a bit below one
+    assert heldout_loss.heldout_loss(pipe, (8, 8), 256) == (loss, error)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""How well does a checkpoint denoise portraits it never saw, at sizes it was trained on and at others?
+
+python benchmarks/heldout_loss.py [--model checkpoints/dfu-portraits] [--sizes 16 24 32 48 64]
+
+Prints a Markdown table of the EDM loss with fixed noise: about 1 for a network that learned nothing, lower is better.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from dfu_diffusers import DFUPipeline
+from dfu_diffusers.data import parse_resolution
+from dfu_diffusers.losses import edm_loss
+from dfu_diffusers.portraits import portrait_parameters, render_portraits
+
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
+HELD_OUT = 10_001  # a series of portraits that no training of ours draws from
+
+
+@torch.no_grad()
+def heldout_loss(pipe: DFUPipeline, size: tuple[int, int], count: int, batch_size: int = 64) -> tuple[float, float]:
+    """Mean loss of `count` portraits of (height, width), and its standard error."""
+    generator, losses = torch.Generator().manual_seed(0), []
+    for parameters in portrait_parameters(range(count), seed=HELD_OUT).split(batch_size):
+        losses.append(edm_loss(pipe.unet, pipe.scheduler, render_portraits(parameters, *size), generator=generator))
+    losses = torch.cat(losses)
+    return losses.mean().item(), losses.std().item() / count**0.5
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(CHECKPOINT))
+    parser.add_argument("--sizes", nargs="+", default=["16", "20", "24", "20x28", "32", "40", "48", "64"])
+    parser.add_argument("--count", type=int, default=512, help="portraits of each size")
+    args = parser.parse_args(argv)
+    pipe = DFUPipeline.from_pretrained(args.model)
+    print("| size | held-out loss | standard error |\n|---|---|---|")
+    for text in args.sizes:
+        loss, error = heldout_loss(pipe, parse_resolution(text), args.count)
+        print(f"| {text} | {loss:.4f} | {error:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
