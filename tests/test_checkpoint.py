@@ -30,17 +30,17 @@ def portraits(count, size):
 
 def test_the_folder_is_small_and_holds_no_pickle():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors", ".md", ".png", ".csv"}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md", ".png"}
     assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 15e6
     assert json.loads((FOLDER / "model_index.json").read_text())["unet"] == ["dfu_diffusers", "DFUModel"]
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, (20, 28)])
 def test_it_denoises_portraits_it_never_saw(pipe, size):
-    """The loss is 1 for a network that learned nothing, and was below @@BOUND@@ at the end of training."""
+    """The loss is 1 for a network that learned nothing, and was about 0.1 at the end of training."""
     with torch.no_grad():
         loss = edm_loss(pipe.unet, pipe.scheduler, portraits(64, size), generator=torch.Generator().manual_seed(0))
-    assert loss.mean() < 0.2
+    assert loss.mean() < 0.15
 
 
 def test_samples_look_like_the_mean_portrait(pipe):
