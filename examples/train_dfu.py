@@ -268,7 +268,8 @@ def main(argv=None) -> None:
         decay = 0.5 ** (args.batch_size / args.ema_halflife_images)
         ema = EMAModel(unet.parameters(), decay=decay, model_cls=DFUModel, model_config=unet.config)
         if checkpoint is not None:
-            ema.load_state_dict(EMAModel.from_pretrained(str(checkpoint / "ema"), DFUModel).state_dict())
+            saved = EMAModel.from_pretrained(str(checkpoint / "ema"), DFUModel).state_dict()
+            ema.load_state_dict({**saved, "decay": decay})  # of this run's half-life
         ema.to(accelerator.device)
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
