@@ -33,7 +33,7 @@ def heldout_loss(pipe: DFUPipeline, size: tuple[int, int], count: int, batch_siz
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(CHECKPOINT))
-    parser.add_argument("--sizes", nargs="+", default=["16", "20", "24", "20x28", "32", "40", "48", "64"])
+    parser.add_argument("--sizes", nargs="+", default=["16", "20", "24", "20x28", "32", "40", "48", "64", "96"])
     parser.add_argument("--count", type=int, default=512, help="portraits of each size")
     args = parser.parse_args(argv)
     pipe = DFUPipeline.from_pretrained(args.model)
