@@ -22,7 +22,7 @@ install_requires = [
 ]
 
 extras = {
-    "train": ["accelerate>=1.0", "datasets>=3.0", "matplotlib", "tqdm"],
+    "train": ["accelerate>=1.0", "datasets>=3.0", "jinja2", "matplotlib", "pyyaml", "tensorboard", "tqdm"],
     "eval": ["scipy", "torchmetrics>=1.4"],
     "demo": ["accelerate>=1.0"],  # diffusers loads models with less memory where it is installed
     "quality": ["ruff==0.17.6"],  # pinned: another release may format differently

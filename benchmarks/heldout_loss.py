@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.data import parse_resolution
 from dfu_diffusers.losses import edm_loss
 from dfu_diffusers.portraits import portrait_parameters, render_portraits
+from dfu_diffusers.resolutions import parse_resolution
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 HELD_OUT = 10_001  # a series of portraits that no training of ours draws from
@@ -25,7 +25,10 @@ def heldout_loss(pipe: DFUPipeline, size: tuple[int, int], count: int, batch_siz
     """Mean loss of `count` portraits of (height, width), and its standard error."""
     generator, losses = torch.Generator().manual_seed(0), []
     for parameters in portrait_parameters(range(count), seed=HELD_OUT).split(batch_size):
-        losses.append(edm_loss(pipe.unet, pipe.scheduler, render_portraits(parameters, *size), generator=generator))
+        images = render_portraits(parameters, *size)
+        sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(images), generator=generator))
+        noise = torch.randn(images.shape, generator=generator)
+        losses.append(edm_loss(pipe.unet, pipe.scheduler, images, sigma, noise))
     losses = torch.cat(losses)
     return losses.mean().item(), losses.std().item() / count**0.5
 

@@ -3,313 +3,693 @@
 
     accelerate launch examples/train_dfu.py                                      # procedural portraits, nothing else
     accelerate launch examples/train_dfu.py --train_data_dir photos --resolutions 32 48 64 --mixed_precision bf16
+    accelerate launch examples/train_dfu.py --config examples/configs/ffhq-96.yaml --dry_run
 
-Writes into --output_dir: the pipeline with averaged weights (load it with DFUPipeline.from_pretrained), samples.png
-with samples at 1, 1.5 and 2 times the largest training size, loss.csv and loss.png, and checkpoints to resume from.
+Writes into --output_dir: the pipeline with averaged weights (load it with DFUPipeline.from_pretrained), samples.png at
+the training sizes and beyond, loss.csv, validation.csv and loss.png, run.json, logs, and checkpoints to resume from.
+Several processes share each batch; nothing but the speed depends on how many they are. See examples/README.md.
 """
 
 import argparse
-import csv
+import contextlib
+import datetime
+import difflib
+import functools
 import json
 import math
-import shutil
+import platform
+import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import accelerate
+import datasets
+import diffusers
+import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.data import ImageDataset, MixedResolutionBatchSampler, parse_resolution
-from dfu_diffusers.losses import edm_loss
+import dfu_diffusers
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler, hub
+from dfu_diffusers.augment import GeometricAugment
+from dfu_diffusers.checkpoints import CheckpointError, check_architecture, choose_checkpoint, save_checkpoint
+from dfu_diffusers.data import ImageDataset, ImageStream, build_cache, ignore_sigint, load_table
+from dfu_diffusers.ema import HalfLifeEMA, PowerEMA, save_snapshot
+from dfu_diffusers.losses import TrainingLoss, ValidationLoss
+from dfu_diffusers.parameter_groups import freeze, summary
 from dfu_diffusers.portraits import PortraitDataset
+from dfu_diffusers.reports import (
+    Table,
+    activation_bytes,
+    plot_losses,
+    sample_sheet,
+    sheet_sizes,
+    write_atomically,
+)
+from dfu_diffusers.resolutions import MixedResolutionBatchSampler, format_resolution, parse_resolution, source_size
+from dfu_diffusers.training import StopSignal, TrainingStep, WeightAverages
 
-CONFIGS = Path(__file__).parent / "configs"
+EXAMPLES = Path(__file__).parent
+CONFIGS = EXAMPLES / "configs"
+HELD_OUT_PORTRAITS = 10_001  # added to --seed: the series of portraits that validation looks at
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """A type for argparse: an int or float of a range."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            bounds = f"{'greater than' if open_low else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}" + (f", at most {high}" * math.isfinite(high)))
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+count, natural, positive = number(int, 1), number(int, 0), number(float, 0, open_low=True)
+
+
+def resolution(text: str) -> tuple[int, int]:
+    try:
+        return parse_resolution(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file with any of these options; the command line goes before it")
+    parser.add_argument("--dry_run", action="store_true", help="check, print model, schedule and memory, and stop")
+
+    data = parser.add_argument_group("data (default: procedural portraits, endless)")
+    data.add_argument("--train_data_dir", help="folder or zip of images, nested ones too")
+    data.add_argument("--dataset_name", help="data set id on the Hub, or a local folder that `datasets` can load")
+    data.add_argument("--dataset_config_name", help="its configuration")
+    data.add_argument("--dataset_split", default="train")
+    data.add_argument("--streaming", action="store_true", help="read it as it comes, without downloading all of it")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--label_column", default="label", help="class of an image; folders make one of this name")
+    data.add_argument("--class_conditional", action="store_true", help="train on --label_column too")
+    data.add_argument("--random_crop", action="store_true", help="crop to the aspect ratio at random, not centred")
+    data.add_argument("--random_flip", action="store_true", help="mirror half of the images")
+    data.add_argument(
+        "--small_images", choices=["fail", "skip", "upscale"], default="fail",
+        help="what to do with images smaller than the largest resolution",
+    )  # fmt: skip
+    data.add_argument("--cache_dir", help="keep images resized in memory-mapped files there (made once)")
+    data.add_argument("--num_workers", type=natural, default=0, help="processes that load images")
+    data.add_argument("--num_validation_images", type=natural, default=64, help="held out, up to a tenth of the data")
+
+    sizes = parser.add_argument_group("resolutions, as HEIGHT or HEIGHTxWIDTH")
+    sizes.add_argument("--resolutions", nargs="+", type=resolution, default=[(16, 16), (24, 24), (32, 32)])
+    sizes.add_argument("--resolution_weights", nargs="+", type=number(float, 0), help="how often (default: equally)")
+    sizes.add_argument("--resolution_warmup_steps", type=natural, default=0, help="sizes join, smallest first")
+    sizes.add_argument("--upsample_resolutions", nargs="+", type=resolution, default=[], help="from enlarged images")
+    sizes.add_argument("--upsample_weight", type=number(float, 0, 1), default=0.0, help="share of steps that do")
+    sizes.add_argument("--max_pixels_per_batch", type=count, help="images x height x width at once on a device")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_config", help="DFUModel's config.json format (default: configs/portraits.json)")
+    model.add_argument("--init_from", help="fine-tune this pipeline, a folder or a Hub id, in place of a new model")
+    model.add_argument(
+        "--freeze", nargs="+", default=[], metavar="GROUP",
+        help="spatial, spectral, norm, attention, skip, embedding, level:N or level:N.KIND",
+    )  # fmt: skip
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--batch_size", type=count, default=32, help="images per step, over all processes together")
+    training.add_argument("--max_train_steps", type=count, default=2000)
+    training.add_argument("--optimizer", choices=["adam", "adamw", "adam8bit"], default="adam")
+    training.add_argument("--learning_rate", type=positive, default=1e-3)
+    training.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="of adamw")
+    training.add_argument("--lr_scheduler", default="cosine", choices=[s.value for s in SchedulerType], metavar="NAME")
+    training.add_argument("--lr_warmup_images", type=natural, default=3200)
+    training.add_argument("--max_grad_norm", type=positive, default=1.0)
+    training.add_argument("--max_nonfinite_steps", type=count, default=10, help="stop after so many in a row")
+    training.add_argument("--p_mean", type=float, default=-1.2, help="mean of ln sigma")
+    training.add_argument("--p_std", type=positive, default=1.2, help="standard deviation of ln sigma")
+    training.add_argument("--sigma_data", type=positive, default=0.5, help="standard deviation of the images")
+    training.add_argument("--augment_probability", type=number(float, 0, 1), default=0.0, help="EDM uses 0.12")
+    training.add_argument("--ema_halflife_images", type=positive, default=20_000, help="of the averaged weights")
+    training.add_argument("--ema_rampup_ratio", type=positive, default=0.05, help="half-life at most this x images")
+    training.add_argument(
+        "--power_ema", nargs="+", type=positive, default=[], metavar="SIGMA_REL",
+        help="also keep power-function averages (EDM2: 0.05 0.1) for dfu_diffusers.ema.reconstruct",
+    )  # fmt: skip
+    training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    training.add_argument("--tf32", action="store_true", help="faster float32 matrix products on NVIDIA GPUs")
+    training.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    training.add_argument("--torch_compile", action="store_true", help="compile the repeated blocks")
+    training.add_argument("--seed", type=natural, default=0)
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="outputs/dfu-portraits")
+    output.add_argument("--checkpointing_steps", type=count, default=1000)
+    output.add_argument("--checkpoints_total_limit", type=count, default=2)
+    output.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
+    output.add_argument("--report_images", type=count, default=32_000, help="sample and validate every so many images")
+    output.add_argument("--report_to", default="tensorboard", help="a tracker of Accelerate (wandb, ...), or none")
+    output.add_argument("--save_raw_weights", action="store_true", help='beside the average, as variant="raw"')
+    output.add_argument("--push_to_hub", action="store_true", help="upload the pipeline with a model card at the end")
+    output.add_argument("--hub_model_id", help="repository (default: name of --output_dir)")
+    output.add_argument("--hub_private", action="store_true", help="create it as a private one")
+    return parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", help="folder of images, nested ones too (default: procedural portraits)")
-    data.add_argument("--random_flip", action="store_true", help="mirror half of the images")
-    data.add_argument("--resolutions", nargs="+", default=["16", "24", "32"], help="HEIGHT or HEIGHTxWIDTH")
-    data.add_argument("--resolution_weights", nargs="+", type=float, help="how often each is drawn (default: equally)")
-    data.add_argument("--num_workers", type=int, default=0, help="processes that load images")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_config", default=str(CONFIGS / "portraits.json"), help="DFUModel's config.json format")
-    training = parser.add_argument_group("training")
-    training.add_argument("--batch_size", type=int, default=32, help="images per step, over all processes together")
-    training.add_argument("--max_train_steps", type=int, default=2000)
-    training.add_argument("--learning_rate", type=float, default=1e-3)
-    training.add_argument("--lr_scheduler", default="cosine", choices=[s.value for s in SchedulerType], metavar="NAME")
-    training.add_argument("--lr_warmup_steps", type=int, default=100)
-    training.add_argument("--max_grad_norm", type=float, default=1.0)
-    training.add_argument("--ema_halflife_images", type=float, default=20_000, help="of the averaged weights")
-    training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    training.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    training.add_argument("--seed", type=int, default=0)
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="outputs/dfu-portraits")
-    output.add_argument("--checkpointing_steps", type=int, default=1000)
-    output.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
-    output.add_argument("--sample_steps", type=int, default=1000, help="draw samples.png every so many steps")
-    args = parser.parse_args(argv)
+    parser, argv = build_parser(), sys.argv[1:] if argv is None else list(argv)
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    config = config_parser.parse_known_args(argv)[0].config
+    args = parser.parse_args((options_of_file(parser, config) if config else []) + argv)
 
-    for name in ("batch_size", "max_train_steps", "checkpointing_steps", "sample_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("learning_rate", "ema_halflife_images", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name} must be positive, not {getattr(args, name)}")
+    if args.train_data_dir and args.dataset_name:
+        parser.error("--train_data_dir and --dataset_name: give one of them")
+    if args.streaming and (not (args.dataset_name or args.train_data_dir) or args.cache_dir):
+        parser.error("--streaming needs --dataset_name or --train_data_dir, and goes without --cache_dir")
+    if not (args.dataset_name or args.train_data_dir):
+        given = [name for name in ("class_conditional", "random_crop", "random_flip", "cache_dir") if vars(args)[name]]
+        if given:
+            parser.error(f"--{given[0]} is for pictures of your own, but the portraits are drawn on the fly")
+    if args.random_crop and args.cache_dir:
+        parser.error("--random_crop and --cache_dir: the cache holds images cropped already, so give one of them")
+    if args.init_from and args.model_config:
+        parser.error("--init_from brings its own model: leave out --model_config")
     if args.resolution_weights and len(args.resolution_weights) != len(args.resolutions):
         parser.error(f"--resolution_weights needs {len(args.resolutions)} numbers, one for each of --resolutions")
+    args.model_config = args.model_config or str(CONFIGS / "portraits.json")
     if not Path(args.model_config).is_file():
         presets = sorted(path.name for path in CONFIGS.glob("*.json"))
         parser.error(f"--model_config {args.model_config} is not a file; presets in {CONFIGS}: {', '.join(presets)}")
-    try:
-        args.resolutions = [parse_resolution(text) for text in args.resolutions]
-    except ValueError as error:
-        parser.error(f"--resolutions: {error}")
     return args
 
 
-def load_config(args) -> dict:
-    """Arguments of the model, checked against what this script trains: unconditional models of images."""
-    config = json.loads(Path(args.model_config).read_text())
-    channels = config.get("in_channels", 3), config.get("out_channels", 3)
-    if channels[0] != channels[1] or config.get("num_class_embeds"):
-        raise SystemExit(
-            f"--model_config {args.model_config}: this script trains unconditional models that return what they take, "
-            f"but here in_channels, out_channels = {channels}, num_class_embeds = {config.get('num_class_embeds')}."
-        )
-    height, width = max(args.resolutions, key=math.prod)
-    return {**config, "in_channels": channels[0], "sample_size": height if height == width else (height, width)}
-
-
-def load_data(args, config: dict):
-    """The images to train on, indexed by (index, (height, width))."""
-    if args.train_data_dir is None:
-        if config["in_channels"] != 3:
-            raise SystemExit(f"The portraits have 3 channels, but the model has {config['in_channels']}.")
-        return PortraitDataset(length=1_000_000, seed=args.seed)
-    if not Path(args.train_data_dir).is_dir():
-        raise SystemExit(f"--train_data_dir {args.train_data_dir} is not a folder.")
-    from datasets import load_dataset
-
-    mode = {1: "L", 3: "RGB"}.get(config["in_channels"])
-    if mode is None:
-        raise SystemExit(f"Images have 1 or 3 channels, but the model has in_channels={config['in_channels']}.")
+def options_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """The options in a YAML file as a command line, so that both pass the same checks."""
     try:
-        table = load_dataset("imagefolder", data_dir=args.train_data_dir, split="train", drop_labels=True)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"--train_data_dir {args.train_data_dir} holds no image that can be read: {error}") from error
-    return ImageDataset(table, mode=mode, flip=args.random_flip)
+        options = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if not isinstance(options, dict):
+        parser.error(f"--config {path} must hold lines such as `batch_size: 64`")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    if unknown := sorted(set(map(str, options)) - known):
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        parser.error(f"--config {path}: no option {unknown[0]!r}" + "".join(f", perhaps {name!r}" for name in close))
+    argv = []
+    for name, value in options.items():
+        if value is not None and value is not False:  # YAML reads a bare `no` as False
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            argv += [f"--{name}", *map(str, values)]
+    return argv
 
 
-def draw_samples(pipe: DFUPipeline, path: Path, seed: int, count: int = 6) -> None:
-    """A row of images at 1, 1.5 and 2 times the model's `sample_size`, the same seeds in each, shown at one scale."""
-    size = pipe.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    sheet = Image.new("RGB", (2 * count * width, 6 * height))
-    for row, factor in enumerate((1, 1.5, 2)):
-        images = pipe(
-            batch_size=count,
-            height=round(factor * height),
-            width=round(factor * width),
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
-        ).images
-        for column, image in enumerate(images):
-            enlarged = image.resize((2 * width, 2 * height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (2 * column * width, 2 * row * height))
-    sheet.save(path)
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and model
 
 
-class LossLog:
-    """loss.csv and its plot. After a resume the rows up to the checkpoint stay, later ones are made again."""
-
-    FIELDS = ["step", "resolution", "loss", "grad_norm", "learning_rate", "seconds"]
-
-    def __init__(self, path: Path, start_step: int):
-        self.path, self.rows = path, []
-        if start_step and path.exists():
-            with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start_step]
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.FIELDS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def append(self, *values) -> None:
-        self.rows.append(dict(zip(self.FIELDS, values)))
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.FIELDS).writerow(self.rows[-1])
-
-    def plot(self, path: Path) -> None:
-        """One curve for each resolution, averaged over about fifty groups of steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(7, 4))
-        for resolution in sorted({row["resolution"] for row in self.rows}):
-            chosen = [row for row in self.rows if row["resolution"] == resolution]
-            window = max(1, len(chosen) // 50)
-            groups = [chosen[i : i + window] for i in range(0, len(chosen) - window + 1, window)]
-            means = [sum(float(row["loss"]) for row in group) / window for group in groups]
-            axes.plot([int(group[-1]["step"]) for group in groups], means, label=resolution)
-        axes.set(xlabel="step", ylabel="EDM loss", yscale="log")
-        axes.legend(title="resolution")
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-        plt.close(figure)
+def load_config(args) -> dict:
+    """Arguments of the model, checked against what this script trains: models of images that return what they take."""
+    if args.init_from:
+        config = dict(DFUModel.load_config(args.init_from, subfolder="unet"))
+    else:
+        config = json.loads(Path(args.model_config).read_text())
+    channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels[0] != channels[1] or channels[0] not in (1, 3):
+        raise ValueError(
+            f"{args.init_from or args.model_config}: this script trains models of grey or colour images that return "
+            f"what they take, but here in_channels, out_channels = {channels}."
+        )
+    height, width = max(args.resolutions + args.upsample_resolutions, key=math.prod)
+    config |= {"in_channels": channels[0], "sample_size": height if height == width else (height, width)}
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def save_checkpoint(accelerator: Accelerator, ema: EMAModel | None, output: Path, step: int) -> None:
-    """Everything a resumed run needs, in output/checkpoint-<step>. It takes that name once it is complete, and only
-    then the earlier ones go."""
-    partial, folder = output / "partial-checkpoint", output / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        ema.save_pretrained(str(partial / "ema"))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        for old, path in find_checkpoints(output).items():
-            if old < step:
-                shutil.rmtree(path)
+class Data:
+    """What the options ask for: `train` (a data set, or a stream's table), `held_out` or None, their description."""
 
-
-def find_checkpoints(output: Path) -> dict[int, Path]:
-    """Complete checkpoints by steps done, in order."""
-    paths = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return dict(sorted((int(path.name.removeprefix("checkpoint-")), path) for path in paths))
-
-
-def choose_checkpoint(args, output: Path) -> tuple[int, Path | None]:
-    """Steps done and folder of the checkpoint to resume from, or (0, None) for a new run."""
-    found = find_checkpoints(output)
-    if args.resume_from_checkpoint is None:
-        if found:
-            raise SystemExit(
-                f"{output} holds {found[max(found)].name} of an earlier run: continue it with "
-                f"--resume_from_checkpoint latest, or choose another --output_dir."
+    def __init__(self, args, channels: int, accelerator: Accelerator):
+        self.args, self.held_out = args, None
+        self.is_stream, self.images = args.streaming, args.dataset_name or args.train_data_dir
+        if not self.images:
+            self._portraits(channels)
+            return
+        self.options = dict(
+            mode="L" if channels == 1 else "RGB",
+            image_column=args.image_column,
+            label_column=args.label_column if args.class_conditional else None,
+            small_images=args.small_images,
+            min_size=max(args.resolutions, key=math.prod),
+        )
+        # One process a machine reads the headers and resizes for the cache, the others then find it done.
+        with accelerator.local_main_process_first():
+            table = load_table(
+                args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming, args.train_data_dir
             )
-        return 0, None
-    if args.resume_from_checkpoint != "latest":
-        folder = Path(args.resume_from_checkpoint)
-        found = {step: path for step, path in find_checkpoints(folder.parent).items() if path.name == folder.name}
-    if not found:
-        name = args.resume_from_checkpoint
-        raise SystemExit(f"--resume_from_checkpoint {name}: no such checkpoint-STEP in {output}.")
-    step = max(found)
-    if step >= args.max_train_steps:
-        raise SystemExit(f"{found[step]} has done {step} steps already: ask for more with --max_train_steps.")
-    return step, found[step]
+            self._stream(table) if self.is_stream else self._table(table)
+        self.description = f"{self.images}, fingerprint {self.fingerprint}"
+
+    def _portraits(self, channels: int) -> None:
+        args = self.args
+        if channels != 3:
+            raise ValueError(f"The portraits have 3 channels, but the model has {channels}.")
+        self.train, self.num_classes = PortraitDataset(1_000_000, seed=args.seed), None
+        if args.num_validation_images:
+            self.held_out = PortraitDataset(args.num_validation_images, seed=args.seed + HELD_OUT_PORTRAITS)
+        self.fingerprint, self.description = f"portraits-{args.seed}", f"procedural portraits, seed {args.seed}"
+
+    def _table(self, table) -> None:
+        args = self.args
+        options = self.options | dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
+        self.train = ImageDataset(table, **options)
+        if args.cache_dir:
+            sizes = {source_size(size, args.resolutions) for size in args.resolutions + args.upsample_resolutions}
+            cache = build_cache(self.train, sorted(sizes), args.cache_dir, args.num_workers)
+            self.train = ImageDataset(table, **options, cache=cache)
+        self.num_classes, self.fingerprint = self.train.num_classes, self.train.fingerprint
+        if held_out := min(args.num_validation_images, len(self.train) // 10):
+            self.train, self.held_out = self.train.split(held_out, args.seed)
+
+    def _stream(self, table) -> None:
+        args = self.args
+        names = ImageStream(table, [], **self.options).class_names  # which checks the columns, too
+        if args.class_conditional and not names:
+            raise ValueError(f"The stream does not say how many classes {args.label_column!r} has: leave --streaming.")
+        self.num_classes, self.fingerprint = names and len(names), "of a stream unknown"
+        if args.num_validation_images:
+            rows = list(table.take(args.num_validation_images))
+            self.held_out = ImageDataset(datasets.Dataset.from_list(rows, features=table.features), **self.options)
+            table = table.skip(len(rows))
+        self.train = table
+
+    def __str__(self) -> str:
+        return f"{self.description}, {'a stream' if self.is_stream else f'{self.length:,} images'}"
+
+    @property
+    def length(self) -> int | None:
+        """Number of training images; None for a stream."""
+        return None if self.is_stream else len(self.train)
+
+    def loader(self, sampler: MixedResolutionBatchSampler) -> DataLoader:
+        """This process's micro-batches, in the sampler's order whatever the number of workers."""
+        workers = dict(num_workers=self.args.num_workers, worker_init_fn=ignore_sigint)
+        if not self.is_stream:
+            return DataLoader(self.train, batch_sampler=sampler, **workers)
+        args = self.args
+        crops = dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
+        return DataLoader(ImageStream(self.train, sampler, **self.options, **crops), batch_size=None, **workers)
 
 
-def save_pipeline(unet: DFUModel, scheduler: EDMHeunScheduler, ema: EMAModel, output: Path, seed: int) -> None:
-    """The pipeline with averaged weights, and samples of it."""
-    with torch.random.fork_rng():  # initial weights, soon replaced, must not cost the run its random numbers
-        averaged = DFUModel.from_config(unet.config).to(unet.device).eval()
-    ema.copy_to(averaged.parameters())
-    pipe = DFUPipeline(averaged, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(output)
-    draw_samples(pipe, output / "samples.png", seed)
+def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
+    """A new model, or the one to fine-tune, with the parts that --freeze names set aside."""
+    if args.class_conditional and config.get("num_class_embeds") not in (None, num_classes):
+        raise ValueError(
+            f"The model has num_class_embeds={config['num_class_embeds']}, but the data set has {num_classes} classes."
+        )
+    if not args.class_conditional and config.get("num_class_embeds"):
+        raise ValueError(
+            f"The model has num_class_embeds={config['num_class_embeds']}: train it with --class_conditional."
+        )
+    if args.augment_probability and not (args.init_from and not config.get("num_augment_labels")):
+        config = {**config, "num_augment_labels": GeometricAugment.num_labels}
+    if not args.init_from:
+        return DFUModel.from_config({**config, "num_class_embeds": num_classes})
+    model = DFUPipeline.from_pretrained(args.init_from).unet.float()
+    model.register_to_config(sample_size=config["sample_size"])
+    return model
+
+
+def build_optimizer(args, model: DFUModel) -> torch.optim.Optimizer:
+    """Over the parameters that train: frozen ones cost no memory here."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=args.learning_rate)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError as error:
+        raise ValueError(f"--optimizer adam8bit needs bitsandbytes ({error}): pip install bitsandbytes.") from error
+    return Adam8bit(parameters, lr=args.learning_rate)
+
+
+def average_rules(args) -> dict:
+    """How to make each average of the weights: "ema" is what the pipeline gets, the others leave snapshots."""
+
+    def halflife(parameters):
+        return HalfLifeEMA(parameters, args.batch_size, args.ema_halflife_images, args.ema_rampup_ratio)
+
+    power = {f"power-{width}": functools.partial(PowerEMA, sigma_rel=width) for width in args.power_ema}
+    return {"ema": halflife, **power}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """Everything a training run holds. Making it checks what can be checked before the first step."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.output = args, Path(args.output_dir)
+        self.checkpoint = choose_checkpoint(args.resume_from_checkpoint, self.output)
+        self.start = int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else 0
+        if self.start >= args.max_train_steps:
+            raise CheckpointError(f"{self.checkpoint} has done {self.start} steps: ask for more: --max_train_steps.")
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(str(self.output), str(self.output / "logs")),
+            # The others wait while the main process samples and validates, longer than the usual ten minutes.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4))],
+        )
+        if args.report_to != "none" and not self.accelerator.log_with:
+            raise ValueError(f"--report_to {args.report_to} is not installed: install it, or use --report_to none.")
+        self.main = self.accelerator.is_main_process
+        if args.push_to_hub and self.main:
+            args.hub_model_id = hub.check_push(args.hub_model_id or self.output.name, args.hub_private)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        set_seed(args.seed)
+
+        # Data. Each process draws its own share of every batch, so the loader is not handed to Accelerate.
+        config = load_config(args)
+        self.data = Data(args, config["in_channels"], self.accelerator)
+        self.sampler = MixedResolutionBatchSampler(
+            self.data.length, args.batch_size, args.resolutions, args.resolution_weights, args.upsample_resolutions,
+            args.upsample_weight, args.resolution_warmup_steps, args.max_pixels_per_batch, args.max_train_steps,
+            self.start, args.seed, self.accelerator.process_index, self.accelerator.num_processes,
+        )  # fmt: skip
+        self.loader = self.data.loader(self.sampler)
+        self.scheduler = EDMHeunScheduler(sigma_data=args.sigma_data)
+        noise = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std)
+        self.validation = self.data.held_out and ValidationLoss(
+            self.data.held_out, args.resolutions, self.scheduler, **noise
+        )
+
+        # Model, optimizer, averages. The learning rate's schedule stays unprepared: Accelerate would step it once for
+        # each process, and our steps count the global batch.
+        self.unet = build_model(args, config, self.data.num_classes)
+        freeze(self.unet, args.freeze)
+        if args.dry_run:
+            return
+        if self.checkpoint:
+            check_architecture(self.checkpoint, self.unet.config)
+        if args.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if args.torch_compile:
+            self.unet.compile_repeated_blocks()
+        if deepspeed := self.accelerator.state.deepspeed_plugin:  # whose engine clips and wants to know the batch
+            share = args.batch_size // self.accelerator.num_processes
+            options = {"train_micro_batch_size_per_gpu": share, "gradient_clipping": args.max_grad_norm}
+            deepspeed.deepspeed_config.update(options)
+        optimizer = build_optimizer(args, self.unet)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler, optimizer, num_warmup_steps=-(-args.lr_warmup_images // args.batch_size),
+            num_training_steps=args.max_train_steps,
+        )  # fmt: skip
+        self.model, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
+        self.accelerator.register_for_checkpointing(self.lr_scheduler)
+        self.averages = WeightAverages(self.accelerator, self.model, average_rules(args))
+        augment = GeometricAugment(args.augment_probability) if args.augment_probability else None
+        self.loss = TrainingLoss(self.model, self.scheduler, **noise, augment=augment)
+        if self.checkpoint:
+            self._resume()
+
+    def describe(self) -> str:
+        """Model, data, schedule and memory, as --dry_run prints them."""
+        args, steps = self.args, range(self.start, self.args.max_train_steps)
+        drawn = Counter(self.sampler.resolution(step) for step in steps)
+        lines = [
+            summary(self.unet),
+            f"data: {self.data.description}, {self.data.length or 'unknown number of'} images",
+        ]
+        lines += [f"{len(steps)} steps of {args.batch_size} images, {len(steps) * args.batch_size} in all:"]
+        for size in sorted(drawn, key=math.prod):
+            step = next(step for step in steps if self.sampler.resolution(step) == size)
+            micro = self.sampler.micro_batch_sizes(step)
+            lines.append(
+                f"  {format_resolution(size):>9}: {drawn[size]} steps, {len(micro)} x {max(micro)} images a process, "
+                f"about {activation_bytes(self.unet, max(micro), size) / 2**30:.2f} GiB of activations in float32"
+            )
+        trained = sum(p.numel() for p in self.unet.parameters() if p.requires_grad)
+        weights = sum(p.numel() for p in self.unet.parameters())
+        copies = 4 * (weights * (2 + len(args.power_ema)) + 3 * trained)
+        lines.append(f"weights, averages, gradients and Adam's moments: {copies / 2**30:.2f} GiB in float32")
+        return "\n".join(lines)
+
+    def train(self) -> None:
+        args = self.args
+        self._begin()
+        step_once = TrainingStep(
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.loss,
+            self.sampler,
+            iter(self.loader),
+            args.max_grad_norm,
+        )
+        nonfinite, recent = 0, {}
+        progress = tqdm(
+            total=args.max_train_steps * args.batch_size, initial=self.start * args.batch_size, unit="img",
+            unit_scale=True, disable=not self.accelerator.is_local_main_process,
+        )  # fmt: skip
+        with StopSignal() as stop, progress:
+            for done in range(self.start + 1, args.max_train_steps + 1):
+                loss, grad_norm, stopping = step_once(done - 1, value=float(stop.name is not None))
+                self.lr_scheduler.step()
+                name = format_resolution(self.sampler.resolution(done - 1))
+                if math.isfinite(loss) and (math.isfinite(grad_norm) or args.mixed_precision == "fp16"):
+                    nonfinite = 0
+                    self.averages.step()
+                    recent[name] = loss if name not in recent else 0.9 * recent[name] + 0.1 * loss
+                else:
+                    nonfinite += 1
+                    progress.write(f"Step {done} at {name} skipped: loss {loss}, norm of the gradient {grad_norm}.")
+                if nonfinite >= args.max_nonfinite_steps:
+                    raise CheckpointError(
+                        f"Stopped after {nonfinite} steps in a row without a finite loss: the learning rate "
+                        f"{args.learning_rate} may be too high. {self.output} holds the checkpoints before."
+                    )
+
+                progress.update(args.batch_size)
+                progress.set_postfix({name: f"{recent[name]:.3f}" for name in sorted(recent)})
+                if self.main:
+                    self._log(done, name, loss, grad_norm)
+                last = done == args.max_train_steps
+                if last or done % args.checkpointing_steps == 0 or stopping:
+                    save_checkpoint(self.accelerator, self.output, done, self._save, args.checkpoints_total_limit)
+                if stopping and not last:
+                    self.accelerator.print(
+                        f"Stopped by {stop.name or 'a signal to another process'} after step {done}; go on with "
+                        f"--resume_from_checkpoint latest."
+                    )
+                    return
+                if (
+                    last
+                    or done * args.batch_size // args.report_images
+                    > (done - 1) * args.batch_size // args.report_images
+                ):
+                    self._report(done)
+        self._finish()
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        saved = json.loads((self.checkpoint / "run.json").read_text())["options"]
+        options = public_options(self.args)
+        if saved["batch_size"] != self.args.batch_size:
+            raise CheckpointError(
+                f"{self.checkpoint} was made with --batch_size {saved['batch_size']}, not {self.args.batch_size}: it "
+                f"decides which images have been seen, so it must stay. (--max_pixels_per_batch saves memory.)"
+            )
+        self.accelerator.load_state(str(self.checkpoint))
+        self.averages.load(self.checkpoint)
+        free = {"resume_from_checkpoint", "output_dir", "config", "dry_run"}
+        changed = [f"{k} {saved.get(k)} -> {v}" for k, v in options.items() if k not in free and saved.get(k) != v]
+        self.accelerator.print(f"Resumed from {self.checkpoint}." + " Changed: " * bool(changed) + ", ".join(changed))
+
+    def _begin(self) -> None:
+        """Everything that leaves a trace waits until the run is known to be possible."""
+        self.started = time.time()
+        self.accelerator.print(summary(self.unet))
+        self.accelerator.print(f"Data: {self.data}.")
+        if not self.main:
+            return
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.output / "run.json", json.dumps(self._facts(), indent=2) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"--output_dir {self.output} cannot be written to: {error}") from error
+        fields = ["step", "resolution", "loss", "grad_norm", "learning_rate", "seconds"]
+        self.log = Table(self.output / "loss.csv", fields, self.start)
+        bins = self.validation.bin_names if self.validation else []
+        fields = ["step", "resolution", "loss", *(f"sigma {name}" for name in bins)]
+        self.validation_log = Table(self.output / "validation.csv", fields, self.start)
+        self.accelerator.init_trackers("dfu", {k: str(v) for k, v in public_options(self.args).items()})
+
+    def _facts(self) -> dict:
+        return {
+            "options": public_options(self.args),
+            "command": " ".join(["train_dfu.py", *sys.argv[1:]]),
+            "data": {"description": self.data.description, "fingerprint": self.data.fingerprint},
+            "model": {k: v for k, v in self.unet.config.items() if not k.startswith("_")},
+            "parameters": sum(p.numel() for p in self.unet.parameters()),
+            "versions": {m.__name__: m.__version__ for m in (dfu_diffusers, torch, diffusers, accelerate)}
+            | {"python": platform.python_version()},
+            "commit": git_commit(),
+            "device": device_name(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "distributed": str(self.accelerator.distributed_type.value),
+        }
+
+    # -- while it trains ----------------------------------------------------------------------------------------------
+
+    def _log(self, done: int, name: str, loss: float, grad_norm: float) -> None:
+        rate, seconds = self.lr_scheduler.get_last_lr()[0], round(time.time() - self.started, 2)
+        self.log.append(done, name, loss, grad_norm, rate, seconds)
+        values = {"loss": loss, f"loss/{name}": loss, "grad_norm": grad_norm, "learning_rate": rate}
+        self.accelerator.log(values, step=done)
+
+    def _save(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        self.averages.save(folder)
+        if self.main:
+            self.unet.save_config(folder)
+            (folder / "run.json").write_text(json.dumps(self._facts(), indent=2) + "\n")
+
+    def _report(self, done: int) -> None:
+        """The pipeline as it is, its samples and its loss on held-out images: by the main process."""
+        weights = self.averages.weights("ema")
+        for sigma_rel in self.args.power_ema:
+            snapshot = self.averages.weights(f"power-{sigma_rel}")
+            if self.main:
+                steps = self.averages.averages[f"power-{sigma_rel}"].optimization_step
+                save_snapshot(snapshot, sigma_rel, steps, self.output / "power_ema")
+        if self.main:
+            pipe = self._pipeline(weights)
+            pipe.save_pretrained(self.output)
+            with self.accelerator.autocast():
+                losses = self.validation(pipe.unet) if self.validation else {}
+            for size, values in losses.items():
+                name = format_resolution(size)
+                self.validation_log.append(done, name, *values.tolist())
+                self.accelerator.log({f"validation/{name}": values[0].item()}, step=done)
+            sheet = sample_sheet(pipe, sheet_sizes(self.args.resolutions), self.args.seed)
+            sheet.save(self.output / "samples.png")
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": np.asarray(sheet)[None]}, step=done, **layout)
+            plot_losses(self.output / "loss.png", self.log, self.validation_log)
+        self.accelerator.wait_for_everyone()
+
+    def _pipeline(self, weights: dict[str, torch.Tensor]) -> DFUPipeline:
+        with torch.device("meta"):
+            unet = DFUModel.from_config(self.unet.config)
+        unet.load_state_dict(weights, assign=True)
+        pipe = DFUPipeline(unet.to(self.accelerator.device).eval(), self.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _finish(self) -> None:
+        if self.args.save_raw_weights:
+            raw = self.accelerator.get_state_dict(self.model)
+            if self.main:
+                self._pipeline(raw).unet.save_pretrained(self.output / "unet", variant="raw")
+        if self.main:
+            self._write_card()
+            if self.args.push_to_hub:
+                print(f"Pushed to {hub.push_folder(self.output, self.args.hub_model_id)}.")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(
+            f"Trained {self.args.max_train_steps} steps: see {self.output}/samples.png and loss.png."
+        )
+        self.accelerator.end_training()
+
+    def _write_card(self) -> None:
+        args, facts = self.args, self._facts()
+        last = {row["resolution"]: float(row["loss"]) for row in self.validation_log.rows}
+        recent = [float(row["loss"]) for row in self.log.rows[-100:]]
+        card = hub.model_card(
+            EXAMPLES.parent / "model_card.md",
+            self.output,
+            args.hub_model_id or self.output.name,
+            train_sizes=[format_resolution(size) for size in args.resolutions + args.upsample_resolutions],
+            data=self.data.description,
+            datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
+            command=facts["command"],
+            options=facts["options"],
+            images_seen=args.max_train_steps * args.batch_size,
+            hardware=f"{facts['processes']} x {facts['device']}",
+            time=str(datetime.timedelta(seconds=round(float(self.log.rows[-1]["seconds"])))),
+            final_loss=sum(recent) / len(recent),
+            validation=last or None,
+            commit=facts["commit"],
+        )
+        write_atomically(self.output / "README.md", card)
+
+
+def public_options(args) -> dict:
+    return {k: [format_resolution(s) for s in v] if "resolutions" in k else v for k, v in sorted(vars(args).items())}
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(EXAMPLES), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed without its repository
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.processor() or device.type
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Mistakes of the user end the script with one line, without the trail that a mistake of ours needs."""
+    try:
+        yield
+    except (ValueError, OSError, CheckpointError, hub.HubError) as error:
+        raise SystemExit(f"train_dfu.py: {error}") from error
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    output = Path(args.output_dir)
-    start_step, checkpoint = choose_checkpoint(args, output)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    set_seed(args.seed, device_specific=True)
-
-    # Data. Each process draws its own share of every batch, so the loader is not handed to Accelerate. With its own
-    # generator it leaves the global one alone, so that a resumed run draws the same noise.
-    config = load_config(args)
-    dataset = load_data(args, config)
+    with one_line_errors():
+        run = Run(args)
+    if args.dry_run:
+        run.accelerator.print(run.describe())
+        return
     try:
-        sampler = MixedResolutionBatchSampler(
-            len(dataset), args.batch_size, args.resolutions, args.resolution_weights, args.max_train_steps, start_step,
-            args.seed, accelerator.process_index, accelerator.num_processes,
-        )  # fmt: skip
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    own = torch.Generator().manual_seed(args.seed)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, generator=own)
-
-    # Model, optimizer, moving average. The learning rate's schedule stays unprepared: Accelerate would step it once
-    # for each process, and our steps count the global batch.
-    model = DFUModel.from_config(config)
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    scheduler = EDMHeunScheduler()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)
-    unet = accelerator.unwrap_model(model)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resumed from {checkpoint}.")
-    if accelerator.is_main_process:
-        decay = 0.5 ** (args.batch_size / args.ema_halflife_images)
-        ema = EMAModel(unet.parameters(), decay=decay, model_cls=DFUModel, model_config=unet.config)
-        if checkpoint is not None:
-            saved = EMAModel.from_pretrained(str(checkpoint / "ema"), DFUModel).state_dict()
-            ema.load_state_dict({**saved, "decay": decay})  # of this run's half-life
-        ema.to(accelerator.device)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        log = LossLog(output / "loss.csv", start_step)
-    parameters = sum(p.numel() for p in unet.parameters())
-    accelerator.print(f"{parameters / 1e6:.2f} M parameters, {len(dataset)} images, {len(sampler)} steps to go.")
-
-    # Train.
-    unet.train()
-    started = time.time()
-    progress = tqdm(total=args.max_train_steps, initial=start_step, disable=not accelerator.is_local_main_process)
-    for done, batch in enumerate(loader, start=start_step + 1):
-        images = batch["image"].to(accelerator.device)
-        loss = edm_loss(model, scheduler, images).mean()
-        accelerator.backward(loss)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        # Report, save.
-        loss = accelerator.reduce(loss.detach(), "mean").item()
-        if not math.isfinite(loss):
-            raise SystemExit(f"The loss of step {done} is {loss}: lower --learning_rate.")
-        resolution = "x".join(map(str, images.shape[-2:]))
-        progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}", resolution=resolution)
-        if accelerator.is_main_process:
-            ema.step(unet.parameters())
-            seconds = round(time.time() - started, 1)
-            log.append(done, resolution, loss, float(grad_norm), lr_scheduler.get_last_lr()[0], seconds)
-        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
-            save_checkpoint(accelerator, ema if accelerator.is_main_process else None, output, done)
-        if accelerator.is_main_process and (done % args.sample_steps == 0 or done == args.max_train_steps):
-            save_pipeline(unet, scheduler, ema, output, args.seed)
-            log.plot(output / "loss.png")
-    progress.close()
-    accelerator.wait_for_everyone()  # the others must not take the process group down while samples are drawn
-    accelerator.print(f"Trained {args.max_train_steps} steps: the pipeline and samples.png are in {output}.")
-    accelerator.end_training()
+        run.train()
+    except CheckpointError as error:
+        raise SystemExit(f"train_dfu.py: {error}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(
+            f"train_dfu.py: a process that loads images died ({error}), often for lack of memory. Use fewer "
+            f"--num_workers, perhaps with --cache_dir, and go on with --resume_from_checkpoint latest."
+        ) from error
 
 
 if __name__ == "__main__":

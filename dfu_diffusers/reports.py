@@ -1,0 +1,129 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What people look at while a model trains: tables of losses, their curves, and sheets of samples."""
+
+import copy
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from .resolutions import Size
+
+
+class Table:
+    """A CSV file that grows by rows; `column` names the one that counts steps.
+
+    Args:
+        path: the file.
+        fields: names of the columns, "step" first.
+        start_step: rows up to this step are kept from an earlier run, later ones dropped: they will be made again.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str], start_step: int = 0):
+        self.path, self.fields, self.rows = path, list(fields), []
+        if start_step and path.exists():
+            with open(path, newline="") as file:
+                # A process killed while it wrote leaves half a row.
+                whole = [row for row in csv.DictReader(file) if None not in row.values()]
+            self.rows = [row for row in whole if int(row["step"]) <= start_step]
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def append(self, *values) -> None:
+        self.rows.append(dict(zip(self.fields, values)))
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.fields).writerow(self.rows[-1])
+
+
+def plot_losses(path: Path, training: Table, validation: Table) -> None:
+    """loss.png: training (thin, averaged over about fifty groups of steps) and validation (dots) per resolution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    names = {row["resolution"] for row in training.rows} | {row["resolution"] for row in validation.rows}
+    for index, name in enumerate(sorted(names, key=lambda name: [int(side) for side in name.split("x")])):
+        rows, colour = [row for row in training.rows if row["resolution"] == name], f"C{index % 10}"
+        window = max(1, len(rows) // 50)
+        groups = [rows[i : i + window] for i in range(0, len(rows) - window + 1, window)]
+        means = [sum(float(row["loss"]) for row in group) / window for group in groups]
+        axes.plot([int(group[-1]["step"]) for group in groups], means, colour, linewidth=1, label=name)
+        held_out = [row for row in validation.rows if row["resolution"] == name]
+        steps, losses = [int(row["step"]) for row in held_out], [float(row["loss"]) for row in held_out]
+        axes.plot(steps, losses, colour, marker="o", linestyle="--", markersize=4)
+    axes.set(xlabel="step", ylabel="EDM loss (line: training, dots: held out)", yscale="log")
+    if names:
+        axes.legend(title="resolution", ncols=2)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def sample_sheet(pipe, sizes: Sequence[Size], seed: int = 0, count: int = 6, cell: int = 128) -> Image.Image:
+    """Samples of a pipeline: a row for each size, the same `count` seeds in each, shown at one scale.
+
+    Args:
+        pipe: a `DFUPipeline`; a class-conditional one shows its first classes.
+        sizes: (height, width) pairs.
+        seed: the columns use seed, seed + 1, ...
+        cell: height in pixels at which each sample is shown; pixels stay visible.
+    """
+    margin, classes = 56, pipe.unet.config.num_class_embeds
+    labels = None if classes is None else torch.arange(count) % classes
+    widest = max(round(cell * width / height) for height, width in sizes)
+    sheet = Image.new("RGB", (margin + count * (widest + 2), len(sizes) * (cell + 2)), "white")
+    for row, (height, width) in enumerate(sizes):
+        images = pipe(
+            batch_size=count,
+            height=height,
+            width=width,
+            class_labels=labels,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+        ).images
+        ImageDraw.Draw(sheet).text((4, row * (cell + 2) + cell // 2 - 6), f"{height}x{width}", fill="black")
+        for column, image in enumerate(images):
+            shown = image.convert("RGB").resize((round(cell * width / height), cell), Image.Resampling.NEAREST)
+            sheet.paste(shown, (margin + column * (widest + 2), row * (cell + 2)))
+    return sheet
+
+
+def sheet_sizes(resolutions: Sequence[Size]) -> list[Size]:
+    """What a sheet shows: each training size, from the smallest up, then 1.5 and 2 times the largest.
+
+    >>> sheet_sizes([(24, 24), (16, 24)])
+    [(16, 24), (24, 24), (36, 36), (48, 48)]
+    """
+    sizes = sorted(set(resolutions), key=lambda size: (size[0] * size[1], size))
+    height, width = sizes[-1]
+    return sizes + [(round(factor * height), round(factor * width)) for factor in (1.5, 2)]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file as a whole, so that an interruption leaves the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def activation_bytes(model, batch_size: int, size: Size) -> int:
+    """Bytes that a forward pass in float32 keeps for the backward one, counted on tensors without contents."""
+    twin, kept = copy.deepcopy(model).to("meta").train(), {}
+    weights = {p.untyped_storage()._cdata for p in twin.parameters()}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    sample = torch.empty(batch_size, twin.config.in_channels, *size, device="meta")
+    labels = torch.zeros(batch_size, dtype=torch.long, device="meta") if twin.config.num_class_embeds else None
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        twin(sample, torch.zeros(batch_size, device="meta"), labels)
+    return sum(kept.values())

@@ -1,0 +1,168 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""One step of training under Accelerate, the same result for any number of processes and micro-batches."""
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP has spread over processes (all of them call this), any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def place_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A whole tensor spread over processes as `other` is, or as it is where `other` is whole, too."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+class TrainingStep:
+    """One optimizer step on a global batch: micro-batches, gradients over all processes, clipping, update.
+
+    Args:
+        accelerator: that prepared model and optimizer.
+        model, optimizer: as prepared.
+        loss: a `TrainingLoss` of the model.
+        sampler: the `MixedResolutionBatchSampler` whose micro-batches `batches` holds.
+        batches: iterator over micro-batches, {"image", optionally "label"}, of this process.
+        max_grad_norm: gradients are scaled down to this norm.
+
+    Calling it with the step's number returns (loss, norm of the gradient, mean of `value` over processes), the same on
+    all processes. Where the loss or the gradient is not finite the weights stay as they were.
+    """
+
+    def __init__(self, accelerator: Accelerator, model, optimizer, loss, sampler, batches: Iterator, max_grad_norm):
+        self.accelerator, self.model, self.optimizer, self.loss = accelerator, model, optimizer, loss
+        self.sampler, self.batches, self.max_grad_norm = sampler, batches, max_grad_norm
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, step: int, value: float = 0.0) -> tuple[float, float, float]:
+        accelerator, size = self.accelerator, self.sampler.resolution(step)
+        micro_batches, share = self.sampler.micro_batches(step), self.sampler.batch_size // self.sampler.num_processes
+        total = torch.zeros((), device=accelerator.device)
+        for index, draws in enumerate(micro_batches):
+            batch = next(self.batches)
+            with self._synchronize(index == len(micro_batches) - 1):
+                labels = batch["label"].to(accelerator.device) if "label" in batch else None
+                images = batch["image"].to(accelerator.device, non_blocking=True)
+                loss = self.loss(images, [draw.number for draw in draws], size, labels).sum() / share
+                accelerator.backward(loss)
+            total += loss.detach()
+
+        grad_norm = accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        grad_norm = math.nan if grad_norm is None else float(full_tensor(torch.as_tensor(grad_norm)))
+        # One reduction for all that processes must agree on.
+        report = torch.stack([total, torch.full_like(total, value)])
+        loss, value = accelerator.reduce(report, "mean").tolist()
+        if math.isfinite(loss) and math.isfinite(grad_norm) or accelerator.scaler is not None:
+            self.optimizer.step()  # in fp16 the gradient scaler skips the step itself, and must hear of it
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm, value
+
+    def _synchronize(self, last: bool):
+        """Processes exchange gradients with the last micro-batch only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)  # which Accelerate's DeepSpeed engine looks at
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+
+class WeightAverages:
+    """Moving averages of a model's weights: on the main process alone, or in shares where FSDP shards the model.
+
+    Args:
+        accelerator: that prepared the model.
+        model: as prepared.
+        rules: by name, a function that makes an average of a list of parameters, such as
+            `lambda parameters: HalfLifeEMA(parameters, batch_size, halflife_images)`.
+
+    Its methods are called by all processes.
+
+    Raises:
+        ValueError: the model's weights are spread in a way that they cannot be averaged in.
+    """
+
+    def __init__(self, accelerator: Accelerator, model, rules: dict[str, Callable[[list], EMAModel]]):
+        kind = accelerator.distributed_type
+        if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+            raise ValueError("FSDP version 1 flattens the weights: set fsdp_version: 2 in Accelerate's configuration.")
+        if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed's zero_stage: 3 spreads each weight: use stage 1 or 2, or FSDP.")
+        self.accelerator, self.rules = accelerator, rules
+        self.parameters = dict(accelerator.unwrap_model(model).named_parameters())
+        self.holds_a_share = accelerator.is_main_process or kind == DistributedType.FSDP
+        values = list(self.parameters.values())
+        self.averages = {name: make(values) for name, make in rules.items()} if self.holds_a_share else {}
+
+    def step(self) -> None:
+        for average in self.averages.values():
+            average.step(self.parameters.values())
+
+    @torch.no_grad()
+    def weights(self, rule: str) -> dict[str, torch.Tensor]:
+        """Averaged weights by name, whole and on the CPU, on the main process; {} on the others."""
+        if not self.holds_a_share:
+            return {}
+        whole = ((name, full_tensor(p)) for name, p in zip(self.parameters, self.averages[rule].shadow_params))
+        return {name: p.cpu().contiguous() for name, p in whole if self.accelerator.is_main_process}
+
+    def save(self, folder: Path) -> None:
+        """One average-RULE.safetensors each, whatever the number of processes."""
+        for rule in self.rules:
+            weights = self.weights(rule)
+            if self.accelerator.is_main_process:
+                metadata = {"optimization_step": str(self.averages[rule].optimization_step)}
+                save_file(weights, folder / f"average-{rule}.safetensors", metadata)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote.
+
+        Raises:
+            ValueError: a rule that the run did not have from its start.
+        """
+        for rule, average in self.averages.items():
+            path = folder / f"average-{rule}.safetensors"
+            if not path.exists():
+                raise ValueError(f"{folder} holds no average {rule!r}, which cannot begin in the middle of a run.")
+            with safe_open(path, "pt") as file:
+                shadows = [place_like(file.get_tensor(n), p) for n, p in zip(self.parameters, average.shadow_params)]
+                step = int(file.metadata()["optimization_step"])
+            average.load_state_dict({"optimization_step": step, "shadow_params": shadows})
+
+
+class StopSignal:
+    """Remembers a SIGTERM or SIGINT, so that the run can save and end after the step it is in. A second one acts as
+    it would without this.
+
+    >>> with StopSignal() as stop:
+    ...     signal.raise_signal(signal.SIGINT)
+    ...     stop.name
+    'SIGINT'
+    """
+
+    def __init__(self):
+        self.name, self._previous = None, {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number, frame) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    __exit__ = _restore

@@ -1,0 +1,120 @@
+"""Checkpoints: whole or not there, and refused when damaged or of another model."""
+
+import errno
+import json
+
+import pytest
+from accelerate import Accelerator
+
+from dfu_diffusers.checkpoints import (
+    CheckpointError,
+    check_architecture,
+    choose_checkpoint,
+    damage,
+    find_checkpoints,
+    save_checkpoint,
+)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Saves small checkpoints in tmp_path."""
+
+    def save(step, total_limit=9, contents=lambda folder: (folder / "sub").mkdir()):
+        def write(folder):
+            (folder / "weights").write_bytes(b"w" * step)
+            contents(folder)
+
+        return save_checkpoint(Accelerator(cpu=True), tmp_path, step, write, total_limit)
+
+    return save
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_are_kept_and_found_in_order(save, tmp_path):
+    for step in (2, 10, 6, 9):
+        save(step, total_limit=3)
+    assert list(find_checkpoints(tmp_path)) == [6, 9, 10]
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-6", "checkpoint-9"]
+    assert choose_checkpoint("latest", tmp_path).name == "checkpoint-10"
+    assert choose_checkpoint(str(tmp_path / "checkpoint-6"), tmp_path).name == "checkpoint-6"
+
+
+def test_writing_the_same_step_again_replaces_it(save, tmp_path):
+    save(3)
+    save(3, contents=lambda folder: (folder / "more").write_text("x"))
+    assert names(tmp_path / "checkpoint-3") == ["manifest.json", "more", "weights"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+)
+def test_a_full_disk_leaves_the_earlier_checkpoint(save, tmp_path, error):
+    save(2)
+
+    def fail(folder):
+        raise error
+
+    with pytest.raises(CheckpointError, match="checkpoint-4 could not be written.*checkpoint-2 is intact"):
+        save(4, contents=fail)
+    assert names(tmp_path) == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
+
+
+def test_one_interrupted_while_written_is_never_taken_for_a_checkpoint(save, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill(folder):
+        raise Killed
+
+    with pytest.raises(Killed):
+        save(4, contents=kill)
+    assert not find_checkpoints(tmp_path)
+    save(4)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+        (lambda folder: (folder / "weights").write_bytes(b"w"), "weights has 1 bytes instead of 8"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing or damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is missing or damaged"),
+    ],
+)
+def test_a_damaged_one_is_refused_and_the_one_before_is_offered(save, tmp_path, harm, message):
+    save(6), save(8)
+    harm(tmp_path / "checkpoint-8")
+    for resume in ("latest", str(tmp_path / "checkpoint-8")):
+        with pytest.raises(CheckpointError, match=f"{message}. Resume from .*checkpoint-6"):
+            choose_checkpoint(resume, tmp_path)
+    harm(tmp_path / "checkpoint-6") if "8 bytes" not in message else (tmp_path / "checkpoint-6" / "weights").unlink()
+    with pytest.raises(CheckpointError, match="No other one is intact"):
+        choose_checkpoint("latest", tmp_path)
+
+
+def test_missing_ones_and_earlier_runs_are_named(save, tmp_path):
+    for resume in ("latest", "elsewhere/checkpoint-7", str(tmp_path)):
+        with pytest.raises(CheckpointError, match="no such checkpoint-STEP"):
+            choose_checkpoint(resume, tmp_path)
+    assert choose_checkpoint(None, tmp_path) is None
+    save(2)
+    with pytest.raises(CheckpointError, match="holds checkpoint-2 of an earlier run"):
+        choose_checkpoint(None, tmp_path)
+
+
+def test_another_architecture_is_named_field_by_field(make_model, tmp_path):
+    make_model().save_config(tmp_path)
+    same = make_model(sample_size=99, dropout=0.5)
+    check_architecture(tmp_path, same.config)
+    other = make_model(fourier_modes=(2, 2, None), conv_type="spatial")
+    with pytest.raises(CheckpointError) as error:
+        check_architecture(tmp_path, other.config)
+    assert "conv_type is dual there and spatial here" in str(error.value)
+    assert "fourier_modes is [[4, 3], 2, None] there and [2, 2, None] here" in str(error.value)
+    assert "sample_size" not in str(error.value) and "layers_per_block" not in str(error.value)
+    assert json.loads((tmp_path / "config.json").read_text())["conv_type"] == "dual"
