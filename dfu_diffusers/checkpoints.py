@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 PARTIAL, MANIFEST = "partial-checkpoint", "manifest.json"
 
 
@@ -46,7 +48,7 @@ def save_checkpoint(accelerator, output: Path, step: int, save: Callable[[Path],
             _write_manifest(partial)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as errors of their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # of these, torch and safetensors make full disks
         shutil.rmtree(partial, ignore_errors=True)
         intact = find_checkpoints(output)
         kept = f"{intact[max(intact)].name} is intact" if intact else "there is no earlier one"

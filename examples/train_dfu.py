@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -169,8 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser, argv = build_parser(), sys.argv[1:] if argv is None else list(argv)
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = build_parser()
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     config = config_parser.parse_known_args(argv)[0].config
@@ -303,30 +304,33 @@ class Data:
         """Number of training images; None for a stream."""
         return None if self.is_stream else len(self.train)
 
-    def loader(self, sampler: MixedResolutionBatchSampler) -> DataLoader:
+    def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
         """This process's micro-batches, in the sampler's order whatever the number of workers."""
-        workers = dict(num_workers=self.args.num_workers, worker_init_fn=ignore_sigint)
-        if not self.is_stream:
-            return DataLoader(self.train, batch_sampler=sampler, **workers)
-        args = self.args
-        crops = dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
-        return DataLoader(ImageStream(self.train, sampler, **self.options, **crops), batch_size=None, **workers)
+        args, data = self.args, dict(batch_sampler=sampler)
+        images = self.train
+        if self.is_stream:
+            crops = dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
+            images, data = ImageStream(self.train, sampler, **self.options, **crops), dict(batch_size=None)
+        return DataLoader(
+            images, **data, num_workers=args.num_workers, worker_init_fn=ignore_sigint, pin_memory=pin_memory
+        )
 
 
 def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
-    """A new model, or the one to fine-tune, with the parts that --freeze names set aside."""
-    if args.class_conditional and config.get("num_class_embeds") not in (None, num_classes):
-        raise ValueError(
-            f"The model has num_class_embeds={config['num_class_embeds']}, but the data set has {num_classes} classes."
-        )
-    if not args.class_conditional and config.get("num_class_embeds"):
-        raise ValueError(
-            f"The model has num_class_embeds={config['num_class_embeds']}: train it with --class_conditional."
-        )
-    if args.augment_probability and not (args.init_from and not config.get("num_augment_labels")):
-        config = {**config, "num_augment_labels": GeometricAugment.num_labels}
+    """A new model for the data's classes and augmentation, or the one to fine-tune, which must fit them."""
+    wanted = {"num_class_embeds": num_classes, "num_augment_labels": config.get("num_augment_labels", 0)}
+    if args.augment_probability:
+        wanted["num_augment_labels"] = GeometricAugment.num_labels
+    for name, value in wanted.items():
+        given = config.get(name)
+        if (args.init_from or given) and (given or None) != (value or None):
+            raise ValueError(
+                f"{args.init_from or args.model_config} has {name}={given}, but with --class_conditional "
+                f"{args.class_conditional} and --augment_probability {args.augment_probability} it must be {value}."
+            )
     if not args.init_from:
-        return DFUModel.from_config({**config, "num_class_embeds": num_classes})
+        with torch.device("meta") if args.dry_run else contextlib.nullcontext():  # no weights to just count them
+            return DFUModel.from_config(config | wanted)
     model = DFUPipeline.from_pretrained(args.init_from).unet.float()
     model.register_to_config(sample_size=config["sample_size"])
     return model
@@ -363,8 +367,8 @@ def average_rules(args) -> dict:
 class Run:
     """Everything a training run holds. Making it checks what can be checked before the first step."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.output = args, Path(args.output_dir)
+    def __init__(self, args: argparse.Namespace, command: str = "train_dfu.py"):
+        self.args, self.command, self.output = args, command, Path(args.output_dir)
         self.checkpoint = choose_checkpoint(args.resume_from_checkpoint, self.output)
         self.start = int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else 0
         if self.start >= args.max_train_steps:
@@ -376,35 +380,41 @@ class Run:
             # The others wait while the main process samples and validates, longer than the usual ten minutes.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4))],
         )
+        self.main = self.accelerator.is_main_process
         if args.report_to != "none" and not self.accelerator.log_with:
             raise ValueError(f"--report_to {args.report_to} is not installed: install it, or use --report_to none.")
-        self.main = self.accelerator.is_main_process
-        if args.push_to_hub and self.main:
-            args.hub_model_id = hub.check_push(args.hub_model_id or self.output.name, args.hub_private)
+        if (
+            args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu"
+        ):  # Accelerate would go on in float32
+            raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU use bf16.")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         set_seed(args.seed)
 
-        # Data. Each process draws its own share of every batch, so the loader is not handed to Accelerate.
         config = load_config(args)
-        self.data = Data(args, config["in_channels"], self.accelerator)
+        self._prepare_data(config["in_channels"])
+        self.unet = build_model(args, config, self.data.num_classes)
+        freeze(self.unet, args.freeze)
+        if not args.dry_run:
+            self._prepare_model()
+
+    def _prepare_data(self, channels: int) -> None:
+        """Each process draws its own share of every batch, so the loader is not handed to Accelerate."""
+        args, accelerator = self.args, self.accelerator
+        self.data = Data(args, channels, accelerator)
         self.sampler = MixedResolutionBatchSampler(
             self.data.length, args.batch_size, args.resolutions, args.resolution_weights, args.upsample_resolutions,
             args.upsample_weight, args.resolution_warmup_steps, args.max_pixels_per_batch, args.max_train_steps,
-            self.start, args.seed, self.accelerator.process_index, self.accelerator.num_processes,
+            self.start, args.seed, accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
-        self.loader = self.data.loader(self.sampler)
+        self.loader = self.data.loader(self.sampler, pin_memory=accelerator.device.type == "cuda")
         self.scheduler = EDMHeunScheduler(sigma_data=args.sigma_data)
-        noise = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std)
-        self.validation = self.data.held_out and ValidationLoss(
-            self.data.held_out, args.resolutions, self.scheduler, **noise
-        )
+        self.noise = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std)
+        self.validation = None
+        if self.data.held_out is not None:
+            self.validation = ValidationLoss(self.data.held_out, args.resolutions, self.scheduler, **self.noise)
 
-        # Model, optimizer, averages. The learning rate's schedule stays unprepared: Accelerate would step it once for
-        # each process, and our steps count the global batch.
-        self.unet = build_model(args, config, self.data.num_classes)
-        freeze(self.unet, args.freeze)
-        if args.dry_run:
-            return
+    def _prepare_model(self) -> None:
+        args = self.args
         if self.checkpoint:
             check_architecture(self.checkpoint, self.unet.config)
         if args.gradient_checkpointing:
@@ -416,6 +426,8 @@ class Run:
             options = {"train_micro_batch_size_per_gpu": share, "gradient_clipping": args.max_grad_norm}
             deepspeed.deepspeed_config.update(options)
         optimizer = build_optimizer(args, self.unet)
+        # This schedule stays unprepared: Accelerate would step it once for each process, and our steps count the
+        # global batch.
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=-(-args.lr_warmup_images // args.batch_size),
             num_training_steps=args.max_train_steps,
@@ -424,9 +436,11 @@ class Run:
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.averages = WeightAverages(self.accelerator, self.model, average_rules(args))
         augment = GeometricAugment(args.augment_probability) if args.augment_probability else None
-        self.loss = TrainingLoss(self.model, self.scheduler, **noise, augment=augment)
+        self.loss = TrainingLoss(self.model, self.scheduler, **self.noise, augment=augment)
         if self.checkpoint:
             self._resume()
+        if args.push_to_hub and self.main:
+            args.hub_model_id = hub.check_push(args.hub_model_id or self.output.name, args.hub_private)
 
     def describe(self) -> str:
         """Model, data, schedule and memory, as --dry_run prints them."""
@@ -544,7 +558,7 @@ class Run:
     def _facts(self) -> dict:
         return {
             "options": public_options(self.args),
-            "command": " ".join(["train_dfu.py", *sys.argv[1:]]),
+            "command": self.command,
             "data": {"description": self.data.description, "fingerprint": self.data.fingerprint},
             "model": {k: v for k, v in self.unet.config.items() if not k.startswith("_")},
             "parameters": sum(p.numel() for p in self.unet.parameters()),
@@ -673,9 +687,10 @@ def one_line_errors():
 
 
 def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     with one_line_errors():
-        run = Run(args)
+        run = Run(args, shlex.join(["train_dfu.py", *argv]))
     if args.dry_run:
         run.accelerator.print(run.describe())
         return

@@ -1,0 +1,83 @@
+"""One training step against a loop written out in full, and the averages' files."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dfu_diffusers import EDMHeunScheduler
+from dfu_diffusers.ema import HalfLifeEMA, PowerEMA
+from dfu_diffusers.losses import TrainingLoss
+from dfu_diffusers.resolutions import MixedResolutionBatchSampler
+from dfu_diffusers.training import TrainingStep, WeightAverages
+
+
+def image(draw):
+    generator = torch.Generator().manual_seed(draw.number)
+    return 0.5 * torch.randn(3, *draw.size, generator=generator, dtype=torch.float64)
+
+
+def sampler(**options):
+    return MixedResolutionBatchSampler(10, 6, [(8, 8), (6, 9)], num_steps=4, **options)
+
+
+def batches(schedule):
+    return ({"image": torch.stack([image(draw) for draw in draws])} for draws in schedule)
+
+
+@pytest.mark.parametrize("max_pixels", [None, 200, 64])
+def test_steps_equal_a_textbook_loop(make_model, max_pixels):
+    """Adam on the gradient of the mean loss of all images, clipped; whole batches against micro-batches. In float64,
+    since Adam turns the rounding of a gradient that should be zero into a step."""
+    model = make_model().double()
+    textbook = copy.deepcopy(model)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scheduler, schedule = EDMHeunScheduler(), sampler(max_pixels=max_pixels)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    step = TrainingStep(
+        accelerator, model, optimizer, TrainingLoss(model, scheduler), schedule, batches(schedule), max_grad_norm=0.5
+    )
+
+    adam, loss_of = torch.optim.Adam(textbook.parameters(), lr=1e-2), TrainingLoss(textbook, scheduler)
+    for number in range(4):
+        loss, norm, value = step(number, value=0.25)
+        (draws,) = sampler().micro_batches(number)
+        expected = loss_of(
+            torch.stack([image(d) for d in draws]), [d.number for d in draws], schedule.resolution(number)
+        ).mean()
+        expected.backward()
+        gradient = torch.cat([p.grad.flatten() for p in textbook.parameters()])
+        scale = min(1, 0.5 / (gradient.norm().item() + 1e-6))
+        for p in textbook.parameters():
+            p.grad *= scale
+        adam.step(), adam.zero_grad()
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-6)
+        assert value == 0.25
+    for ours, theirs in zip(model.parameters(), textbook.parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_averages_are_saved_and_loaded_whole(make_model, tmp_path):
+    accelerator, model = Accelerator(cpu=True), make_model()
+    rules = {"ema": lambda p: HalfLifeEMA(p, 4, 100), "power": lambda p: PowerEMA(p, 0.1)}
+    averages = WeightAverages(accelerator, model, rules)
+    for _ in range(3):
+        with torch.no_grad():
+            [p.add_(0.1 * torch.randn_like(p)) for p in model.parameters()]
+        averages.step()
+    averages.save(tmp_path)
+    loaded = WeightAverages(accelerator, make_model(), rules)
+    loaded.load(tmp_path)
+    for rule in rules:
+        first, second = averages.weights(rule), loaded.weights(rule)
+        assert first.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert loaded.averages[rule].optimization_step == 3
+    assert not torch.equal(
+        averages.weights("ema")["conv_in.spatial.weight"], averages.weights("power")["conv_in.spatial.weight"]
+    )
+    with pytest.raises(ValueError, match="no average 'other', which cannot begin in the middle of a run"):
+        WeightAverages(accelerator, model, {"other": rules["ema"]}).load(tmp_path)
