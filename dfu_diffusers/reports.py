@@ -46,6 +46,7 @@ def plot_losses(path: Path, training: Table, validation: Table) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
     names = {row["resolution"] for row in training.rows} | {row["resolution"] for row in validation.rows}
@@ -59,6 +60,9 @@ def plot_losses(path: Path, training: Table, validation: Table) -> None:
         steps, losses = [int(row["step"]) for row in held_out], [float(row["loss"]) for row in held_out]
         axes.plot(steps, losses, colour, marker="o", linestyle="--", markersize=4)
     axes.set(xlabel="step", ylabel="EDM loss (line: training, dots: held out)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))  # plain numbers, also within one decade
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     if names:
         axes.legend(title="resolution", ncols=2)
     figure.savefig(path, dpi=120, bbox_inches="tight")

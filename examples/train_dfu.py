@@ -261,7 +261,7 @@ class Data:
                 args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming, args.train_data_dir
             )
             self._stream(table) if self.is_stream else self._table(table)
-        self.description = f"{self.images}, fingerprint {self.fingerprint}"
+        self.description = f"{self.images}" + (", streamed" if self.is_stream else f", fingerprint {self.fingerprint}")
 
     def _portraits(self, channels: int) -> None:
         args = self.args
@@ -289,7 +289,7 @@ class Data:
         names = ImageStream(table, [], **self.options).class_names  # which checks the columns, too
         if args.class_conditional and not names:
             raise ValueError(f"The stream does not say how many classes {args.label_column!r} has: leave --streaming.")
-        self.num_classes, self.fingerprint = names and len(names), "of a stream unknown"
+        self.num_classes, self.fingerprint = names and len(names), None  # not known before all of it was read
         if args.num_validation_images:
             rows = list(table.take(args.num_validation_images))
             self.held_out = ImageDataset(datasets.Dataset.from_list(rows, features=table.features), **self.options)
@@ -297,7 +297,7 @@ class Data:
         self.train = table
 
     def __str__(self) -> str:
-        return f"{self.description}, {'a stream' if self.is_stream else f'{self.length:,} images'}"
+        return self.description if self.is_stream else f"{self.description}, {self.length:,} images"
 
     @property
     def length(self) -> int | None:
@@ -383,10 +383,8 @@ class Run:
         self.main = self.accelerator.is_main_process
         if args.report_to != "none" and not self.accelerator.log_with:
             raise ValueError(f"--report_to {args.report_to} is not installed: install it, or use --report_to none.")
-        if (
-            args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu"
-        ):  # Accelerate would go on in float32
-            raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU use bf16.")
+        if args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ValueError("--mixed_precision fp16 needs a GPU (here it would silently be float32): use bf16.")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         set_seed(args.seed)
 
@@ -446,10 +444,7 @@ class Run:
         """Model, data, schedule and memory, as --dry_run prints them."""
         args, steps = self.args, range(self.start, self.args.max_train_steps)
         drawn = Counter(self.sampler.resolution(step) for step in steps)
-        lines = [
-            summary(self.unet),
-            f"data: {self.data.description}, {self.data.length or 'unknown number of'} images",
-        ]
+        lines = [summary(self.unet), f"Data: {self.data}."]
         lines += [f"{len(steps)} steps of {args.batch_size} images, {len(steps) * args.batch_size} in all:"]
         for size in sorted(drawn, key=math.prod):
             step = next(step for step in steps if self.sampler.resolution(step) == size)
@@ -465,58 +460,27 @@ class Run:
         return "\n".join(lines)
 
     def train(self) -> None:
-        args = self.args
+        args, end = self.args, self.args.max_train_steps
         self._begin()
+        batches = iter(self.loader)
         step_once = TrainingStep(
-            self.accelerator,
-            self.model,
-            self.optimizer,
-            self.loss,
-            self.sampler,
-            iter(self.loader),
-            args.max_grad_norm,
+            self.accelerator, self.model, self.optimizer, self.loss, self.sampler, batches, args.max_grad_norm
         )
-        nonfinite, recent = 0, {}
-        progress = tqdm(
-            total=args.max_train_steps * args.batch_size, initial=self.start * args.batch_size, unit="img",
-            unit_scale=True, disable=not self.accelerator.is_local_main_process,
-        )  # fmt: skip
-        with StopSignal() as stop, progress:
-            for done in range(self.start + 1, args.max_train_steps + 1):
+        with StopSignal() as stop, self._progress_bar() as progress:
+            for done in range(self.start + 1, end + 1):
                 loss, grad_norm, stopping = step_once(done - 1, value=float(stop.name is not None))
                 self.lr_scheduler.step()
-                name = format_resolution(self.sampler.resolution(done - 1))
-                if math.isfinite(loss) and (math.isfinite(grad_norm) or args.mixed_precision == "fp16"):
-                    nonfinite = 0
-                    self.averages.step()
-                    recent[name] = loss if name not in recent else 0.9 * recent[name] + 0.1 * loss
-                else:
-                    nonfinite += 1
-                    progress.write(f"Step {done} at {name} skipped: loss {loss}, norm of the gradient {grad_norm}.")
-                if nonfinite >= args.max_nonfinite_steps:
-                    raise CheckpointError(
-                        f"Stopped after {nonfinite} steps in a row without a finite loss: the learning rate "
-                        f"{args.learning_rate} may be too high. {self.output} holds the checkpoints before."
-                    )
-
-                progress.update(args.batch_size)
-                progress.set_postfix({name: f"{recent[name]:.3f}" for name in sorted(recent)})
-                if self.main:
-                    self._log(done, name, loss, grad_norm)
-                last = done == args.max_train_steps
-                if last or done % args.checkpointing_steps == 0 or stopping:
+                self._follow(progress, done, loss, grad_norm)
+                if done == end or done % args.checkpointing_steps == 0 or stopping:
                     save_checkpoint(self.accelerator, self.output, done, self._save, args.checkpoints_total_limit)
-                if stopping and not last:
+                if stopping and done < end:
+                    reason = stop.name or "a signal to another process"
                     self.accelerator.print(
-                        f"Stopped by {stop.name or 'a signal to another process'} after step {done}; go on with "
-                        f"--resume_from_checkpoint latest."
+                        f"Stopped by {reason} after step {done}; go on with --resume_from_checkpoint latest."
                     )
                     return
-                if (
-                    last
-                    or done * args.batch_size // args.report_images
-                    > (done - 1) * args.batch_size // args.report_images
-                ):
+                images_before, images = (n * args.batch_size // args.report_images for n in (done - 1, done))
+                if done == end or images > images_before:
                     self._report(done)
         self._finish()
 
@@ -538,7 +502,7 @@ class Run:
 
     def _begin(self) -> None:
         """Everything that leaves a trace waits until the run is known to be possible."""
-        self.started = time.time()
+        self.started, self.nonfinite, self.recent = time.time(), 0, {}
         self.accelerator.print(summary(self.unet))
         self.accelerator.print(f"Data: {self.data}.")
         if not self.main:
@@ -571,6 +535,33 @@ class Run:
         }
 
     # -- while it trains ----------------------------------------------------------------------------------------------
+
+    def _progress_bar(self) -> tqdm:
+        """Counts images, so that it shows images a second and the time left."""
+        batch_size, main = self.args.batch_size, self.accelerator.is_local_main_process
+        total, seen = self.args.max_train_steps * batch_size, self.start * batch_size
+        return tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=not main)
+
+    def _follow(self, progress: tqdm, done: int, loss: float, grad_norm: float) -> None:
+        """What comes after each step: averages of weights and losses, logs, and a count of losses not finite."""
+        name = format_resolution(self.sampler.resolution(done - 1))
+        # The gradient scaler of fp16 finds its scale by trying ones that overflow.
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.args.mixed_precision == "fp16"):
+            self.nonfinite = 0
+            self.averages.step()
+            self.recent[name] = 0.9 * self.recent.get(name, loss) + 0.1 * loss
+        else:
+            self.nonfinite += 1
+            progress.write(f"Step {done} at {name} skipped: loss {loss}, norm of the gradient {grad_norm}.")
+        progress.update(self.args.batch_size)
+        progress.set_postfix({name: f"{self.recent[name]:.3f}" for name in sorted(self.recent)})
+        if self.main:
+            self._log(done, name, loss, grad_norm)
+        if self.nonfinite == self.args.max_nonfinite_steps:
+            raise CheckpointError(
+                f"Stopped after {self.nonfinite} steps in a row without a finite loss: the learning rate "
+                f"{self.args.learning_rate} may be too high. {self.output} holds the checkpoints before."
+            )
 
     def _log(self, done: int, name: str, loss: float, grad_norm: float) -> None:
         rate, seconds = self.lr_scheduler.get_last_lr()[0], round(time.time() - self.started, 2)

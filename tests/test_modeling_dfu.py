@@ -22,6 +22,7 @@ PARAMETERS = {
     "ffhq-160": 2_248_364_035,
     "ffhq-96": 630_576_131,
     "portraits": 7_192_771,
+    "digits": 5_223_889,
     "tiny": 78_227,
 }
 side = st.integers(1, 40)

@@ -586,3 +586,13 @@ def test_a_push_that_cannot_succeed_ends_the_run_before_it_begins(tmp_path, hub)
     with pytest.raises(SystemExit, match="log in|login|token"):
         train(tmp_path / "run", "--push_to_hub")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_data_sets_of_the_examples_can_be_made_and_trained_on(tmp_path):
+    pytest.importorskip("sklearn"), pytest.importorskip("skimage")
+    from examples import make_data
+
+    make_data.main(["--output_dir", str(tmp_path), "--portraits", "30"])
+    assert len(list((tmp_path / "photos").iterdir())) == 8
+    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == list("0123456789")
+    train(tmp_path / "run", "--dataset_name", tmp_path / "portraits", "--streaming", "--max_train_steps", 2)

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""What does the training script cost beside the step that it runs? And does loading keep up with the model?
+
+python benchmarks/bench_train.py [--sizes 32 64 96] [--batch_size 8] [--steps 12] [--turns 3] [--output train.csv]
+
+For each size, in turns: images per second of examples/train_dfu.py's own loop (data, noise, averages, logs and all),
+those of a bare step (forward, backward, Adam, on the same images again and again), and those of the loader alone.
+Options unknown here go to train_dfu.py. Prints a Markdown table; --output writes the rows as CSV. Rates are medians
+over the turns, ratios medians of the ratio within one turn.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from examples import train_dfu  # noqa: E402
+
+
+def prepare(size: int, batch_size: int, steps: int, folder: str, options: list[str]) -> train_dfu.Run:
+    """The script, up to its first step."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv = ["--resolutions", size, "--batch_size", batch_size, "--max_train_steps", steps, "--output_dir", folder]
+    argv += ["--report_to", "none", "--num_validation_images", 0, *options]
+    return train_dfu.Run(train_dfu.parse_args(list(map(str, argv))))
+
+
+def script_rate(run: train_dfu.Run) -> float:
+    """Images per second of the script's loop from its third step on, by its own log, without its end."""
+    run._report = run._finish = run._save = lambda *arguments: None
+    with contextlib.redirect_stdout(io.StringIO()):
+        run.train()
+    rows = run.log.rows[2:]
+    return (len(rows) - 1) * run.args.batch_size / (rows[-1]["seconds"] - rows[0]["seconds"])
+
+
+def bare_rate(run: train_dfu.Run, size: int) -> float:
+    """Images per second of a model's step alone, under the same precision and optimizer."""
+    images = torch.randn(run.args.batch_size, 3, size, size, device=run.accelerator.device)
+    timesteps, times = torch.zeros(len(images), device=images.device), []
+    for _ in range(run.args.max_train_steps):
+        run.accelerator.backward(run.model(images, timesteps).sample.square().mean())
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+    return (len(times) - 3) * len(images) / (times[-1] - times[2])
+
+
+def loader_rate(run: train_dfu.Run) -> float:
+    """Images per second that the loader delivers when nothing else is done."""
+    started, count = time.perf_counter(), 0
+    for batch in run.loader:
+        count += len(batch["image"])
+    return count / (time.perf_counter() - started)
+
+
+def main(argv=None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 96])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12, help="of each turn; the first three do not count")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--output", help="CSV file")
+    args, options = parser.parse_known_args(argv)  # the others go to train_dfu.py
+
+    rows = []
+    print("| size | script, images/s | bare step, images/s | script / bare | loader, images/s | loader / bare |")
+    print("|---|---|---|---|---|---|")
+    for size in args.sizes:
+        turns = []
+        for _ in range(args.turns):
+            with tempfile.TemporaryDirectory() as folder:
+                run = prepare(size, args.batch_size, args.steps, folder, options)
+                rates = {"loader": loader_rate(run), "bare": bare_rate(run, size)}
+                rates["script"] = script_rate(prepare(size, args.batch_size, args.steps, folder, options))
+            rates |= {"script_over_bare": rates["script"] / rates["bare"]}
+            turns.append(rates | {"loader_over_bare": rates["loader"] / rates["bare"]})
+        row = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+        print(
+            f"| {size} | {row['script']:.1f} | {row['bare']:.1f} | {row['script_over_bare']:.3f} | "
+            f"{row['loader']:.0f} | {row['loader_over_bare']:.0f} |",
+            flush=True,
+        )
+        about = {"size": size, "batch_size": args.batch_size, "options": " ".join(options)}
+        device = {"device": train_dfu.device_name(run.accelerator.device), "torch": torch.__version__}
+        rows.append(about | row | device | {"commit": train_dfu.git_commit()})
+    if args.output:
+        with open(args.output, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
