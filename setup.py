@@ -23,6 +23,9 @@ install_requires = [
 
 extras = {
     "train": ["accelerate>=1.0", "datasets>=3.0", "jinja2", "matplotlib", "pyyaml", "tensorboard", "tqdm"],
+    "lora": ["peft>=0.17"],
+    "onnx": ["onnx", "onnxruntime", "onnxscript"],
+    "space": ["accelerate>=1.0", "gradio>=6.31,<7"],
     "eval": ["scipy", "torchmetrics>=1.4"],
     "demo": ["accelerate>=1.0"],  # diffusers loads models with less memory where it is installed
     "quality": ["ruff==0.17.6"],  # pinned: another release may format differently
@@ -35,7 +38,11 @@ extras["test"] = [
     "scikit-image",
     "scikit-learn",
     "scipy",
+    "selenium",
     *extras["train"],
+    *extras["lora"],
+    *extras["onnx"],
+    *extras["space"],
 ]
 
 setup(

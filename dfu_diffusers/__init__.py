@@ -16,20 +16,43 @@ from .scheduling_edm_heun import EDMHeunScheduler
 __version__ = "0.1.0"
 __all__ = ["DFUModel", "DFUPipeline", "EDMHeunScheduler"]
 
+# The modules of self-contained repositories (see hub.py). These names are part of the format: they stay even if a
+# module of this package is renamed.
+_TRAVELLING = {"modeling_dfu": "DFUModel", "pipeline_dfu": "DFUPipeline", "scheduling_edm_heun": "EDMHeunScheduler"}
+
+
+# All that reaches into diffusers beyond its public classes stands in the next two functions.
+
 
 def _register_with_diffusers() -> None:
     """Make diffusers save our components as ["dfu_diffusers", class] and find them again, by name, when loading."""
     try:
         from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-    except ImportError as error:  # the table is no public part of diffusers
+
+        read_index = DFUPipeline._dict_from_json_file
+    except (ImportError, AttributeError) as error:  # neither is a public part of diffusers
         raise ImportError(
-            f"diffusers {_diffusers.__version__} has moved its table of loadable classes, without which saved DFU "
-            f"models cannot be found: install a release that dfu_diffusers {__version__} was made for (see setup.py)."
+            f"diffusers {_diffusers.__version__} has moved its table of loadable classes, or the reader of its files, "
+            f"without which saved DFU models cannot be found: install a release that dfu_diffusers {__version__} was "
+            f"made for (see setup.py)."
         ) from error
     methods = ["save_pretrained", "from_pretrained"]
     LOADABLE_CLASSES["dfu_diffusers"] = {"ModelMixin": methods, "SchedulerMixin": methods}
     for public_class in (DFUModel, DFUPipeline, EDMHeunScheduler):
         setattr(_diffusers, public_class.__name__, public_class)
+    DFUPipeline._dict_from_json_file = classmethod(lambda cls, *args, **kwargs: _ours(read_index(*args, **kwargs)))
+
+
+def _ours(index: dict) -> dict:
+    """model_index.json with the classes of this package in place of the copies in a self-contained repository.
+
+    So `DFUPipeline.from_pretrained` loads such a repository, too, without running the code that came with it.
+    """
+    copies = [[module, name] for module, name in _TRAVELLING.items()]
+    index = {name: ["dfu_diffusers", value[1]] if value in copies else value for name, value in index.items()}
+    if isinstance(index.get("_class_name"), list) and index["_class_name"][0] == "dfu_diffusers":
+        index["_class_name"] = index["_class_name"][1]
+    return index
 
 
 _register_with_diffusers()

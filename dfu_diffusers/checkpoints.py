@@ -48,7 +48,9 @@ def save_checkpoint(accelerator, output: Path, step: int, save: Callable[[Path],
             _write_manifest(partial)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of these, torch and safetensors make full disks
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch's word for a full disk
+            raise
         shutil.rmtree(partial, ignore_errors=True)
         intact = find_checkpoints(output)
         kept = f"{intact[max(intact)].name} is intact" if intact else "there is no earlier one"
@@ -60,6 +62,33 @@ def save_checkpoint(accelerator, output: Path, step: int, save: Callable[[Path],
         for old in list(find_checkpoints(output).values())[:-total_limit]:
             shutil.rmtree(old)
     return folder
+
+
+def set_aside(output: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond a step from which the run goes on: they belong to what it turned away from, and
+    would be taken for its latest. Returns their new names."""
+    moved = []
+    for found, path in find_checkpoints(output).items():
+        if found > step:
+            moved.append(path.with_name(f"set-aside-{path.name}"))
+            shutil.rmtree(moved[-1], ignore_errors=True)
+            path.rename(moved[-1])
+    return moved
+
+
+def replace_contents(folder: Path, save: Callable[[Path], None]) -> None:
+    """Write into a new folder, then put each thing in it in the place of its namesake in `folder`, so that an error
+    or a full disk leaves the old ones."""
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save(partial)
+        for path in partial.iterdir():
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_manifest(folder: Path) -> None:

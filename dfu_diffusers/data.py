@@ -799,6 +799,8 @@ class ImageStream(IterableDataset):
             logger.warning("%s %s", message, error)
 
 
-def ignore_sigint(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: Ctrl-C reaches all processes, and is for the main one to handle."""
+def ignore_signals(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: Ctrl-C and a launcher's SIGTERM reach all processes of a group, and are for
+    the main one to handle, which needs its workers while it saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

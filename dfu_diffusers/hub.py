@@ -1,16 +1,38 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Publish a trained pipeline on the Hugging Face Hub: the files that belong to it, its model card, clear errors.
 
-    python -m dfu_diffusers.hub outputs/dfu-portraits me/dfu-portraits --private
+    python -m dfu_diffusers.hub push outputs/dfu-portraits me/dfu-portraits --private
+    python -m dfu_diffusers.hub convert outputs/dfu-portraits fp16
 
 The trainer calls `check_push` before it starts, `model_card` and `push_folder` when it is done.
+
+Two kinds of repository, which differ in a few lines of model_index.json and in three files:
+
+- Plain, the default. It holds no code: `DFUPipeline.from_pretrained(id)` loads it, and after `import dfu_diffusers`
+  diffusers' own loaders do. Publish this one where people can install the package: they need no flag, trust nothing
+  but weights, and get our later corrections.
+- Self-contained (`self_contained=True`). Our modules lie beside the weights: `DiffusionPipeline.from_pretrained(id,
+  trust_remote_code=True)` and `AutoModel.from_pretrained(id, subfolder="unet", trust_remote_code=True)` need nothing
+  but diffusers. Publish this one for people without the package; it asks them to trust you, and runs the code of the
+  day it was pushed. With the package, `DFUPipeline.from_pretrained(id)` and `DFUModel.from_pretrained(id,
+  subfolder="unet")` load it, too, with the package's own classes: no flag, and no code of the repository runs.
+  diffusers' own loaders want the flag all the same, for they cannot know whose code it is.
+
+One repository can offer both: plain on main, self-contained on another `revision`.
+
+Every push is one commit, of which nothing shows before all of it has arrived. Large files go ahead of it and are known
+by their content, so pushing again after an interruption sends only what is missing; with shards (`max_shard_size`),
+that is in steps of their size. So nothing here uses huggingface_hub's `upload_large_folder` (gone in its release 2) or
+`upload_folder`: they cut an upload into several commits, and an interruption would leave half a model for others.
 """
 
 import argparse
 import json
 import logging
 import math
+import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +42,19 @@ import jinja2
 import jinja2.meta
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from . import __version__
+from . import _TRAVELLING, __version__
+from .pipeline_dfu import DFUPipeline, code_files
 
 logger = logging.getLogger(__name__)
 
 CARD, INDEX = "README.md", "model_index.json"
+CODE = [f"{module}.py" for module in _TRAVELLING]  # of self-contained repositories
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REPORTS = ("samples.png", "loss.png", "validation.png", "loss.csv", "validation.csv")  # what the trainer leaves beside
 METADATA = {
     "library_name": "diffusers",
@@ -50,17 +75,24 @@ class HubError(Exception):
 # --- Files ---
 
 
-def files_to_push(folder: str | Path) -> list[tuple[str, int]]:
+def files_to_push(folder: str | Path, self_contained: bool = False) -> list[tuple[str, int]]:
     """What of a pipeline's folder belongs on the Hub: paths relative to it, with sizes in bytes.
 
     These are model_index.json, *.safetensors and *.json of the components it lists, README.md with the pictures that
-    it shows, and the trainer's pictures and tables. Nothing else leaves the machine: no checkpoints, logs, optimizer
-    states or pickled weights, and no run.json, which tells the paths of the machine it ran on.
+    it shows, and the trainer's pictures and tables; besides the modules that model_index.json names, or, with
+    `self_contained`, those that make the pipeline load without this package. Nothing else leaves the machine: no
+    checkpoints, logs, optimizer states or pickled weights, and no run.json, which tells the paths of the machine it
+    ran on; for the same reason `_name_or_path`, which diffusers adds, is cut from the configurations.
 
     Raises:
         HubError: the folder holds no pipeline, or one without safetensors weights.
     """
-    folder = Path(folder)
+    contents = _contents(Path(folder), self_contained)
+    return [(path, len(at) if isinstance(at, bytes) else at.stat().st_size) for path, at in contents.items()]
+
+
+def _contents(folder: Path, self_contained: bool) -> dict[str, Path | bytes]:
+    """What to push, by path: a file on the disk, or its content where that is changed on the way."""
     paths = [folder / INDEX]
     for component in _components(folder):
         found = [
@@ -76,23 +108,115 @@ def files_to_push(folder: str | Path) -> list[tuple[str, int]]:
         paths += found
     shown = re.findall(r"!\[[^]]*]\((\w[\w.-]*\.(?:png|jpe?g|webp))\)", _read_card(folder) or "")
     paths += [folder / name for name in dict.fromkeys([CARD, *REPORTS, *shown])]
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths if path.is_file()]
+    contents = {path.relative_to(folder).as_posix(): path for path in [*paths, *_code(folder)] if path.is_file()}
+    named = _index(folder).get("_class_name")
+    if isinstance(named, list) and f"{named[0]}.py" not in contents:
+        raise HubError(
+            f"{folder / INDEX} names {named[0]}.py, which is not there: save the pipeline again with "
+            f"save_pretrained({str(folder)!r}, self_contained=True)."
+        )
+    if self_contained and not isinstance(named, list):
+        files = code_files(folder, getattr(diffusers, str(named), DFUPipeline))
+        contents |= {path: text.encode() for path, text in files.items()}
+    try:
+        return {path: _without_origin(at) if path.endswith(".json") else at for path, at in contents.items()}
+    except ValueError as error:
+        raise HubError(
+            f"A *.json of {folder} cannot be read ({_one_line(error)}): save the pipeline again."
+        ) from error
+
+
+def _without_origin(content: Path | bytes) -> Path | bytes:
+    """The same, unless it is a configuration that names the folder from which diffusers loaded the part."""
+    config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    if "_name_or_path" not in config:
+        return content
+    del config["_name_or_path"]
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _index(folder: Path) -> dict:
+    try:
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        reason = "is no folder" if not folder.is_dir() else f"holds no {INDEX} that can be read ({error})"
+        raise HubError(f"{folder} {reason}: name one that DFUPipeline.save_pretrained wrote.") from error
 
 
 def _components(folder: Path) -> list[str]:
     """Names of the pipeline's components, each a folder of that name."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "is no folder" if not folder.is_dir() else f"holds no {INDEX} that can be read ({error})"
-        raise HubError(f"{folder} {reason}: name one that DFUPipeline.save_pretrained wrote.") from error
-    names = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
+    index = _index(folder)
+    names = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and any(value)]
     for name in names:
         if not re.fullmatch(r"\w+", name):  # "../elsewhere" would publish what lies beside the pipeline
             raise HubError(
                 f"{folder / INDEX} lists a component {name!r}, which is no name of a folder: save it again."
             )
     return names
+
+
+def _code(folder: Path) -> list[Path]:
+    """The modules of a self-contained pipeline, which its model_index.json names; none of a plain one."""
+    index = _index(folder)
+    places = {"_class_name": folder, **{name: folder / name for name in _components(folder)}}
+    named = [(places[name], str(index[name][0])) for name in places if isinstance(index.get(name), list)]
+    paths = [place / f"{module}.py" for place, module in named if re.fullmatch(r"\w+", module)]
+    return [path for path in paths if path.is_file()]
+
+
+def convert(folder: str | Path, dtype: str, max_shard_size: str = "10GB") -> list[Path]:
+    """Write the weights of a saved pipeline's models in another precision, beside the ones that are there.
+
+    Args:
+        folder: the saved pipeline.
+        dtype: "fp16" or "bf16" makes a variant, which `from_pretrained(folder, variant="fp16",
+            torch_dtype=torch.float16)` loads. "fp32" replaces the weights themselves: with smaller shards, say.
+        max_shard_size: larger weights are split into files of at most so much, "5GB" say.
+
+    Returns:
+        The new files.
+
+    Raises:
+        HubError: unknown `dtype`, no pipeline with whole weights, or weights that do not fit into the precision.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise HubError(f"{dtype!r} is no precision to convert to: use {', '.join(DTYPES)}.")
+    models = [folder / name for name in _components(folder) if (folder / name / "config.json").is_file()]
+    return [path for model in models for path in _convert_model(model, dtype, max_shard_size)]
+
+
+def _convert_model(folder: Path, dtype: str, max_shard_size: str) -> list[Path]:
+    variant = None if dtype == "fp32" else dtype
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_class = getattr(diffusers, config["_class_name"])
+        model = model_class.from_pretrained(folder, torch_dtype=DTYPES[dtype], use_safetensors=True)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise HubError(
+            f"{folder} holds no weights to convert ({_one_line(error)}): save the pipeline again."
+        ) from error
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        raise HubError(
+            f"{folder} holds weights too large for {dtype}, or not finite: convert them to bf16, or to fp32."
+        )
+    old = {path for path in folder.iterdir() if _variant(path.name) == (variant or "")}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:  # so that a failure leaves the folder as it was
+        model.save_pretrained(new, variant=variant, max_shard_size=max_shard_size)
+        written = [folder / path.name for path in sorted(Path(new).iterdir()) if _variant(path.name) is not None]
+        for path in written:
+            os.replace(Path(new) / path.name, path)
+    for path in old.difference(written):
+        path.unlink()
+    return written
+
+
+def _variant(name: str) -> str | None:
+    """Of a file of weights or their index: "fp16", "raw", "" for the main weights; None of another file."""
+    index = r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<a>\w+))?\.json"
+    weights = r"diffusion_pytorch_model(?:\.(?P<b>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
+    match = re.fullmatch(f"{index}|{weights}", name)
+    return (match["a"] or match["b"] or "") if match else None
 
 
 # --- The Hub ---
@@ -133,46 +257,75 @@ def check_push(repo_id: str, private: bool = False, token: str | None = None) ->
 
 
 def push_folder(
-    folder: str | Path, repo_id: str, token: str | None = None, commit_message: str = "Upload DFUPipeline"
+    folder: str | Path,
+    repo_id: str,
+    token: str | None = None,
+    commit_message: str = "Upload DFUPipeline",
+    self_contained: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
 ) -> str:
     """Upload `files_to_push(folder)` in one commit, so that an interrupted upload leaves the repository as it was.
 
-    Weights of an earlier push that this one does not replace (shards, say) are deleted in the same commit, for
-    diffusers might load them instead of the new ones. Other files there stay.
+    Weights and modules of an earlier push that this one does not replace (shards, say) are deleted in the same
+    commit, for diffusers might load them instead of the new ones. Other files there stay.
 
     Args:
         repo_id: full name of a repository that exists, as returned by `check_push`.
         token: as for `check_push`.
+        self_contained: see the top of this file; the folder itself stays as it is. One that was saved so goes up so.
+        revision: a branch, made from main unless it is there (and left there by an upload that fails). None is main.
+        tag: a new name for this state, "v1.0" say, by which `from_pretrained(..., revision="v1.0")` finds it for good.
 
     Returns:
         The address of the repository's page.
 
     Raises:
-        HubError: the folder does not fit, or the Hub refused, or failed again and again.
+        HubError: the folder does not fit, the tag exists, or the Hub refused, or failed again and again.
     """
     folder = Path(folder)
-    paths = [path for path, _ in files_to_push(folder)]
-    if CARD in paths:
+    contents = _contents(folder, self_contained)
+    if CARD in contents:
         check_card(_read_card(folder))
     components = _components(folder)
     api = HfApi(token=token)
+    if tag and tag in [ref.name for ref in _call(lambda: api.list_repo_refs(repo_id), repo_id).tags]:
+        raise HubError(f"{repo_id} has a tag {tag} already, and tags stay what they are: choose another name.")
+    if revision:
+        _call(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
 
     def commit():
-        old = [path for path in api.list_repo_files(repo_id) if path not in paths and _is_weights(path, components)]
-        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(folder / path)) for path in paths]
+        there = api.list_repo_files(repo_id, revision=revision)
+        old = [path for path in there if path not in contents and _is_replaced(path, components)]
+        operations = [
+            CommitOperationAdd(path_in_repo=path, path_or_fileobj=at if isinstance(at, bytes) else str(at))
+            for path, at in contents.items()
+        ]
         operations += [CommitOperationDelete(path_in_repo=path) for path in old]
-        return api.create_commit(repo_id, operations, commit_message=commit_message)
+        return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
-    return str(_call(commit, repo_id).repo_url)
+    info = _call(commit, repo_id)
+    if tag:  # exist_ok, for the answer to a first try may have been lost
+        _call(
+            lambda: api.create_tag(repo_id, tag=tag, revision=info.oid, exist_ok=True),
+            repo_id,
+            state="has the new files, but not the tag",
+        )
+    return str(info.repo_url)
 
 
-def _is_weights(path: str, components: list[str]) -> bool:
-    return path.split("/")[0] in components and path.endswith((".safetensors", ".safetensors.index.json"))
+def _is_replaced(path: str, components: list[str]) -> bool:
+    """Whether a file on the Hub is a part of the pipeline that every push brings anew."""
+    *folder, name = path.split("/")
+    is_weights = bool(folder) and (name.endswith(".safetensors") or ".safetensors.index." in name)
+    return folder in ([], *([each] for each in components)) and (is_weights or name in CODE)
 
 
 def _check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
+        if not repo_id.isascii():  # huggingface_hub 1 lets other letters pass, the Hub does not
+            raise HFValidationError("it has letters beyond ASCII")
     except HFValidationError as error:
         raise HubError(
             f"{repo_id!r} cannot name a repository on the Hub ({_one_line(error)}): use NAME or USER/NAME, of "
@@ -180,15 +333,15 @@ def _check_name(repo_id: str) -> None:
         ) from error
 
 
-def _call(request: Callable, repo_id: str):
-    """request(), tried again where that may help; an error that stays becomes a HubError."""
+def _call(request: Callable, repo_id: str, state: str = "is as it was"):
+    """request(), tried again where that may help; an error that stays becomes a HubError, which tells the state."""
     for wait in (*WAITS, None):
         try:
             return request()
         except (*NO_ANSWER, OSError, ValueError) as raised:
             error = _cause(raised)
             if wait is None or not _is_transient(error):
-                raise HubError(_explain(error, repo_id)) from raised
+                raise HubError(_explain(error, repo_id, state)) from raised
             wait = max(wait, _retry_after(error))
             logger.warning(f"The Hub failed ({_one_line(error)}); next try in {wait} s.")
             time.sleep(wait)
@@ -217,7 +370,7 @@ def _retry_after(error: Exception) -> int:
     return int(seconds) if seconds.isdigit() else 0
 
 
-def _explain(error: Exception, repo_id: str) -> str:
+def _explain(error: Exception, repo_id: str, state: str) -> str:
     """One line: what is wrong, and what to do."""
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo_id} cannot be reached: offline mode is on. Unset HF_HUB_OFFLINE to push."
@@ -236,11 +389,13 @@ def _explain(error: Exception, repo_id: str) -> str:
         )
     if status == 404:
         return f"This login sees no repository {repo_id} (404): check the name, or let check_push create it."
+    if status in (409, 412):
+        return f"Somebody else is changing {repo_id}, too, or has changed it ({status}): look at it, and try again."
     if _is_transient(error):
         reason = f"answered {status}" if status else f"did not answer ({_one_line(error)})"
         return (
-            f"The Hub {reason}, {len(WAITS) + 1} times, and {repo_id} is as it was: check the network and try again; "
-            f"`python -m dfu_diffusers.hub FOLDER {repo_id}` pushes a saved pipeline."
+            f"The Hub {reason}, {len(WAITS) + 1} times, and {repo_id} {state}: check the network and try again; "
+            f"`python -m dfu_diffusers.hub push FOLDER {repo_id}` sends what is missing."
         )
     return f"{repo_id} could not be pushed: {_one_line(error)}"
 
@@ -262,8 +417,10 @@ def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) 
             validation.png are shown if they exist.
         repo_id: what `from_pretrained` will be called with.
         facts: `license` (the Hub's identifier, "apache-2.0") and `datasets` (Hub ids) also enter the metadata.
-            `train_sizes` is a list such as ["16", "24x32"], `validation` maps such sizes to losses, `options` and
-            `versions` map names to values. From every text, directories of absolute paths and access tokens are cut.
+            `train_sizes` is a list such as ["16", "24x32"], `validation` maps such sizes to losses, `metrics` maps
+            names to such a mapping each, {"FID": {"32": 12.3}}; both enter the metadata as `model-index`, too.
+            `options` and `versions` map names to values. From every text, directories of absolute paths and access
+            tokens are cut.
 
     Returns:
         Markdown that begins with valid metadata.
@@ -275,18 +432,40 @@ def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["thousands"] = "{:,}".format
     text = Path(template).read_text(encoding="utf-8")
-    known = jinja2.meta.find_undeclared_variables(environment.parse(text)) - {"card_data"}
+    known = jinja2.meta.find_undeclared_variables(environment.parse(text)) - {"card_data"} | {"metrics"}
     if unknown := sorted(facts.keys() - known):
         raise TypeError(f"{template} has no place for {', '.join(unknown)}: it knows {', '.join(sorted(known))}.")
 
     values = {"repo_id": repo_id, "name": repo_id.split("/")[-1], **_facts_of(Path(folder)), **facts}
-    data = ModelCardData(**METADATA, license=facts.get("license"), datasets=facts.get("datasets"))
+    facts = _public(facts)
+    data = ModelCardData(
+        **METADATA, license=facts.get("license"), datasets=facts.get("datasets"), **_results(values["name"], facts)
+    )
     filled = environment.from_string(text).render(
         {**dict.fromkeys(known), **{name: _public(value) for name, value in values.items()}}, card_data=data.to_yaml()
     )
     filled = re.sub(r"\n{3,}", "\n\n", filled).strip() + "\n"
     check_card(filled)
     return filled
+
+
+def _results(name: str, facts: dict) -> dict:
+    """What the Hub shows as evaluation results: arguments of ModelCardData, none without figures."""
+    figures = {"held-out loss": facts.get("validation"), **(facts.get("metrics") or {})}
+    dataset = (facts.get("datasets") or [None])[0]
+    results = [
+        EvalResult(
+            task_type=METADATA["pipeline_tag"],
+            dataset_type=dataset or "images",
+            dataset_name=dataset or "held-out images",
+            metric_type="loss" if metric == "held-out loss" else metric.lower(),
+            metric_name=f"{metric} at {size} px",
+            metric_value=value,
+        )
+        for metric, values in figures.items()
+        for size, value in (values or {}).items()
+    ]
+    return {"model_name": name, "eval_results": results} if results else {}
 
 
 def check_card(text: str) -> None:
@@ -314,6 +493,7 @@ def _facts_of(folder: Path) -> dict:
         "height": height,
         "width": width,
         "classes": config.get("num_class_embeds"),
+        "self_contained": bool(_code(folder)),
         "pictures": {path.stem for path in folder.glob("*.png")},
         "versions": {
             "dfu_diffusers": __version__,
@@ -353,22 +533,49 @@ def _read_card(folder: Path) -> str | None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dfu_diffusers.hub", description="Push a saved pipeline.")
-    parser.add_argument("folder", help="what save_pretrained or the trainer wrote")
-    parser.add_argument("repo_id", help="NAME or USER/NAME; created unless it is there")
-    parser.add_argument("--private", action="store_true", help="create it private, and refuse a public one")
-    parser.add_argument("--dry_run", action="store_true", help="list the files with their sizes, and send nothing")
+    parser = argparse.ArgumentParser(prog="python -m dfu_diffusers.hub", description="Publish a saved pipeline.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    push = commands.add_parser("push", help="upload it", description="Upload a saved pipeline in one commit.")
+    push.add_argument("folder", help="what save_pretrained or the trainer wrote")
+    push.add_argument("repo_id", help="NAME or USER/NAME; created unless it is there")
+    push.add_argument("--private", action="store_true", help="create it private, and refuse a public one")
+    push.add_argument("--self_contained", action="store_true", help="with the code, for those without dfu_diffusers")
+    push.add_argument("--revision", help="branch to push to, made unless it is there (default: main)")
+    push.add_argument("--tag", help="new name by which this state will be found for good")
+    push.add_argument("--dry_run", action="store_true", help="list the files with their sizes, and send nothing")
+    change = commands.add_parser(
+        "convert", help="write its weights in another precision", description=convert.__doc__.splitlines()[0]
+    )
+    change.add_argument("folder", help="what save_pretrained or the trainer wrote; the files join those there")
+    change.add_argument("dtype", choices=DTYPES, help="fp16 or bf16: a variant; fp32: the main weights anew")
+    change.add_argument(
+        "--max_shard_size", default="10GB", help="split larger weights, for example 5GB (default: 10GB)"
+    )
     args = parser.parse_args(argv)
     try:
-        files = files_to_push(args.folder)
-        for path, size in files:
-            print(f"{size:>15,}  {path}")
-        print(f"{sum(size for _, size in files):>15,}  bytes in {len(files)} files")
-        if not args.dry_run:
-            repo_id = check_push(args.repo_id, args.private)
-            print(push_folder(args.folder, repo_id))
+        _push(args) if args.command == "push" else _convert(args)
     except HubError as error:
         raise SystemExit(str(error)) from error
+
+
+def _push(args) -> None:
+    files = files_to_push(args.folder, args.self_contained)
+    _list(files)
+    if not args.dry_run:
+        repo_id = check_push(args.repo_id, args.private)
+        print(
+            push_folder(args.folder, repo_id, self_contained=args.self_contained, revision=args.revision, tag=args.tag)
+        )
+
+
+def _convert(args) -> None:
+    _list([(str(path), path.stat().st_size) for path in convert(args.folder, args.dtype, args.max_shard_size)])
+
+
+def _list(files: list[tuple[str, int]]) -> None:
+    for path, size in files:
+        print(f"{size:>15,}  {path}")
+    print(f"{sum(size for _, size in files):>15,}  bytes in {len(files)} files")
 
 
 if __name__ == "__main__":

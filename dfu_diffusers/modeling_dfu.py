@@ -14,15 +14,20 @@ This file imports torch, diffusers and the standard library only, so that it can
 """
 
 import math
+import os
+import re
 from functools import lru_cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils import get_adapter_name
 from torch import nn
 
 SQRT_HALF = math.sqrt(0.5)
@@ -42,22 +47,29 @@ def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, device, dtype)
         inverse_h (2H', 4K)   [rr | ri | ir | ii] products of data and weight parts -> (h', real/imag)
         inverse_w (W', 2L)    [real | imaginary] of columns l -> real signal
     The 1/(HW), the half-pixel phases, the rule of complex multiplication and the double weight of columns l > 0 (each
-    stands for its conjugate twin, too) are all folded in.
+    stands for its conjugate twin, too) are all folded in. Where sizes are symbols (`torch.export`), no shape may
+    depend on how many modes they resolve: all are kept, and those that take no part are zero in the matrices.
 
     Returns the four matrices, the first row of the weights that takes part, K and L.
     """
     (height, width), (new_height, new_width), (r, c) = size, new_size, modes
     # Strictly below the Nyquist frequency of both grids: 2|k| < N.
-    limit_h, limit_w = (min(height, new_height) - 1) // 2, (min(width, new_width) - 1) // 2
-    first, last, columns = -min(r, limit_h), min(r - 1, limit_h), min(c, limit_w + 1)
+    symbolic = _is_symbolic(*size, *new_size)
+    if symbolic:
+        first, last, columns = -r, r - 1, c
+    else:
+        limit_h, limit_w = (min(height, new_height) - 1) // 2, (min(width, new_width) - 1) // 2
+        first, last, columns = -min(r, limit_h), min(r - 1, limit_h), min(c, limit_w + 1)
     k = torch.arange(first, last + 1, device=device)
     l = torch.arange(columns, device=device)
 
     def cos_sin(frequencies, n):
         # 2 pi f (j + 1/2) / n = pi f (2j + 1) / n; reduced as integers, so that float32 is exact to its last bit.
-        phase = torch.outer(frequencies, 2 * torch.arange(n, device=device) + 1) % (2 * n)
+        phase = torch.outer(frequencies, 2 * torch.arange(n, device=device) + 1)
+        phase = phase % torch.full_like(phase, 2 * n)  # ONNX has no remainder by a number that is a symbol
         angle = phase.to(torch.float64 if dtype == torch.float64 else torch.float32) * (math.pi / n)
-        return angle.cos(), angle.sin()
+        resolved = 2 * frequencies.abs()[:, None] < n if symbolic else 1
+        return angle.cos() * resolved, angle.sin() * resolved
 
     cos, sin = cos_sin(l, width)  # (L, W)
     forward_w = torch.cat([cos, -sin]) / width
@@ -71,6 +83,10 @@ def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, device, dtype)
     inverse_w = torch.cat([cos * twice, -sin * twice], 1)
     matrices = tuple(matrix.to(dtype) for matrix in (forward_w, forward_h, inverse_h, inverse_w))
     return matrices, first + r, last + 1 - first, columns
+
+
+def _is_symbolic(*sizes) -> bool:
+    return any(isinstance(n, torch.SymInt) for n in sizes)
 
 
 @lru_cache(maxsize=256)
@@ -220,12 +236,28 @@ def _area_resize(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
     return total
 
 
+def _resize_symbolic(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
+    """One dimension of `resample` by one formula for all sizes: `torch.export` cannot branch on their values."""
+    old = x.shape[dim]
+    cells = torch.arange(n, device=x.device)
+    if n > old:
+        # As F.interpolate does it, in float32: some centres lie between two pixels, and both must take the same.
+        scale = torch.full_like(cells, old, dtype=torch.float32) / n
+        return x.index_select(dim, ((cells + 0.5) * scale).floor().long())
+    pixels = torch.arange(old, device=x.device)
+    ends = torch.minimum((cells[:, None] + 1) * old, (pixels + 1) * n)
+    covered = (ends - torch.maximum(cells[:, None] * old, pixels * n)).clamp(min=0)
+    return torch.tensordot(x, covered.to(x.dtype) / old, [[dim], [1]]).movedim(-1, dim)
+
+
 def resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Move x (batch, channels, H, W) to the grid `size`: area average where it shrinks, nearest pixel centre where it
     grows. Aligned with `SpectralConv2d`: a pixel is a cell, and cells keep their place on the unit square."""
     height, width = x.shape[-2:]
     if (height, width) == tuple(size):
         return x
+    if _is_symbolic(height, width, *size):
+        return _resize_symbolic(_resize_symbolic(x, size[0], 2), size[1], 3)
     if height == 2 * size[0] and width == 2 * size[1]:
         return F.avg_pool2d(x, 2)
     x = _area_resize(_area_resize(x, min(height, size[0]), 2), min(width, size[1]), 3)
@@ -382,13 +414,17 @@ class DFUBlock(nn.Module):
 # The network
 
 
-class DFUModel(ModelMixin, ConfigMixin):
+class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Dual-FNO UNet: takes a noisy image of any height and width >= 1 and returns the network output F of EDM.
 
     A drop-in for `diffusers.UNet2DModel`. Each level halves both sides, rounding up; the decoder restores the exact
     sizes. Non-square images are functions on the same unit square: modes count cycles per image on each axis.
     The defaults are the FFHQ model of arXiv 2401.06144 without augmentation labels (630.6 M parameters, 569 M of them
     spectral); smaller presets are in `examples/configs`.
+
+    LoRA (needs PEFT): `add_adapter(LoraConfig(target_modules=["qkv", "proj", "skip", "spatial"], target_parameters=
+    ["spectral.weight"]))` reaches the attention, the 1x1, 3x3 and spectral convolutions; for the latter PEFT has
+    neither dropout nor DoRA, and such an adapter must be fused before `torch.compile` or `torch.export`.
 
     Args:
         sample_size: height and width, or one integer for both, that pipelines generate by default.
@@ -546,17 +582,108 @@ class DFUModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in diffusers, with weights at aligned addresses: a loaded model repeats the saved one bit for bit.
+        """As in diffusers, from safetensors only, and with weights at aligned addresses: a loaded model repeats the
+        saved one bit for bit.
 
-        Weights mapped from a file begin at any address, where a CPU's matrix products take other paths and round
-        differently; a copy in memory of their own puts that right.
+        A `.bin` is never opened: it is a pickle. Weights mapped from a file begin at any address, where a CPU's matrix
+        products take other paths and round differently; a copy in memory of their own puts that right.
+
+        Raises:
+            ValueError: `use_safetensors=False`.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "DFUModel loads safetensors only (use_safetensors=False asks for pickles): convert the file."
+            )
+        loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # (model, info) with output_loading_info=True
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
         return loaded
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | os.PathLike | dict,
+        config: str | os.PathLike | dict | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **hub_arguments,
+    ) -> "DFUModel":
+        """Load one file of weights, in eval mode: for files that lie apart from their config.json.
+
+        Not by way of diffusers' `FromOriginalModelMixin`, whose list of classes is closed and which would take the
+        missing config of an unknown file for Stable Diffusion's.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: a .safetensors file, a link to one on the Hub
+                ("https://huggingface.co/<id>/blob/main/<file>.safetensors"), or a state dict.
+            config: the model's configuration: a dict, a folder or file, or the id of a Hub repository. By default the
+                config.json beside a local file.
+            subfolder: where in the folder or repository the configuration is.
+            torch_dtype: of the weights; None for that of the file.
+            hub_arguments: `token`, `revision`, `cache_dir`, `local_files_only` and `force_download` for the Hub.
+
+        Raises:
+            ValueError: another kind of file, no configuration, or weights that are not of this configuration.
+        """
+        source = pretrained_model_link_or_path_or_dict
+        if not isinstance(source, dict):
+            source = str(source)
+            if not source.endswith(".safetensors"):
+                raise ValueError(f"Weights come from a .safetensors file or a state dict, but got {source!r}.")
+            if config is None and os.path.isfile(source):
+                config = os.path.dirname(os.path.abspath(source))
+        if config is None:
+            raise ValueError("Give `config`, a dict, folder or Hub id: only a local file has a folder to find it in.")
+        if not isinstance(config, dict):
+            config = cls.load_config(config, subfolder=subfolder, **hub_arguments)
+        if not isinstance(source, dict):
+            source = load_single_file_checkpoint(source, **hub_arguments)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        try:
+            # Copies: a state dict stays its owner's, and the file's values get aligned, see `from_pretrained`.
+            model.load_state_dict({name: tensor.clone() for name, tensor in source.items()}, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"These weights are of another configuration than the one given: {error}") from error
+        return model.to(dtype=torch_dtype).eval()
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs) -> None:
+        """As in diffusers, for what `save_lora_adapter` wrote: no prefix by default, and safetensors only.
+
+        PEFT refuses to restore adapters of plain parameters, such as the spectral weights, from a state dict. Hence
+        such an adapter is made anew from its saved configuration first, and then given its values.
+        """
+        # Imported here because they are private: should diffusers move them, nothing else may break.
+        from diffusers.loaders.lora_base import _fetch_state_dict
+        from diffusers.utils.peft_utils import _create_lora_config
+
+        where = ("weight_name", "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        state_dict, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict,
+            use_safetensors=True,
+            proxies=kwargs.pop("proxies", None),
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+            metadata=kwargs.pop("metadata", None),
+            **{name: kwargs.pop(name, None) for name in where},
+        )
+        if not (metadata or {}).get("target_parameters"):
+            return super().load_lora_adapter(state_dict, prefix=prefix, metadata=metadata, **kwargs)
+        name = kwargs.get("adapter_name") or get_adapter_name(self)
+        self.add_adapter(_create_lora_config(state_dict, None, metadata, None), name)
+        values = {f"{key.removesuffix('.weight')}.{name}.weight": value for key, value in state_dict.items()}
+        places = {
+            key: p.shape
+            for key, p in self.named_parameters()
+            if re.search(rf"lora_[AB]\.{re.escape(name)}\.weight$", key)
+        }
+        if places != {key: value.shape for key, value in values.items()}:
+            self.delete_adapters(name)
+            raise ValueError("This LoRA was made for a model of another configuration.")
+        self.load_state_dict(values, strict=False)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Regional compilation: as in diffusers, one graph for each kind of block (channels and size).

@@ -4,8 +4,11 @@
 This file imports torch, diffusers and the standard library only, so that it can travel inside a Hub repository.
 """
 
+import json
 import operator
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -16,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+REMOTE = "diffusers_modules"  # where diffusers puts code that came with a repository
 
 
 class DFUPipeline(DiffusionPipeline):
@@ -35,6 +39,7 @@ class DFUPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
+    _self_contained = False
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
@@ -50,6 +55,29 @@ class DFUPipeline(DiffusionPipeline):
         if hasattr(pipeline, "unet"):
             kwargs.setdefault("unet", pipeline.unet)
         return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
+        """As in diffusers, which would warn of `auto_map`: the entry is AutoModel's, not ours."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, self_contained: bool = False, **kwargs) -> None:
+        """Save as in diffusers; such a folder needs dfu_diffusers to be loaded.
+
+        With `self_contained` our modules are saved along, and `DiffusionPipeline.from_pretrained(...,
+        trust_remote_code=True)` needs nothing but diffusers. A pipeline that was loaded in that way is always saved
+        in that way, for its classes exist nowhere else.
+        """
+        self._self_contained = self_contained
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def save_config(self, save_directory, *args, **kwargs) -> None:
+        """As in diffusers, which calls it when the components are saved, and before it uploads them."""
+        super().save_config(save_directory, *args, **kwargs)
+        recorded = [library for library, _ in map(self.config.get, self.components) if library]
+        if self._self_contained or any(name.split(".")[0] == REMOTE for name in (self.__module__, *recorded)):
+            for path, text in code_files(save_directory, type(self)).items():
+                Path(save_directory, path).write_text(text, encoding="utf-8")
 
     @property
     def num_timesteps(self) -> int:
@@ -256,10 +284,42 @@ class DFUPipeline(DiffusionPipeline):
         return labels.to(self._execution_device, torch.long)
 
 
+def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
+    """What makes a saved pipeline self-contained: the modules of our classes, and a model_index.json that names them.
+
+    Args:
+        folder: the pipeline as diffusers saved it.
+        pipeline_class: its class.
+
+    Returns:
+        The text of each file by its path in the folder.
+    """
+    index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
+    files = {}
+
+    def add(cls: type, place: str = "") -> list[str]:
+        source = Path(sys.modules[cls.__module__].__file__)
+        files[place + source.name] = source.read_text(encoding="utf-8")
+        return [source.stem, cls.__name__]
+
+    packages = (__name__.split(".")[0], REMOTE)
+    ours = [
+        name for name, value in index.items() if isinstance(value, list) and str(value[0]).split(".")[0] in packages
+    ]
+    for name in ours:
+        library, class_name = index[name]
+        index[name] = add(getattr(sys.modules[library], class_name), f"{name}/")
+    index["_class_name"] = add(pipeline_class)
+    if "unet" in ours:  # AutoModel asks here, not in unet/config.json
+        index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
+    files["model_index.json"] = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return files
+
+
 def _check_count(name: str, value) -> None:
-    """Python's and NumPy's integers pass; booleans, although integers to Python, do not."""
+    """Python's and NumPy's integers pass; booleans, although integers to Python and to NumPy before 2.3, do not."""
     try:
-        count = None if isinstance(value, bool) else operator.index(value)
+        count = None if type(value).__name__ in ("bool", "bool_") else operator.index(value)
     except TypeError:
         count = None
     wrong = f"`{name}` must be an integer of at least 1, but got {value!r}: pass one, or leave it out for the default."

@@ -3,6 +3,7 @@
 
 import copy
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +30,11 @@ class Table:
                 # A process killed while it wrote leaves half a row.
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
             self.rows = [row for row in whole if int(row["step"]) <= start_step]
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(path, text.getvalue())
 
     def append(self, *values) -> None:
         self.rows.append(dict(zip(self.fields, values)))
@@ -111,7 +113,7 @@ def sheet_sizes(resolutions: Sequence[Size]) -> list[Size]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file as a whole, so that an interruption leaves the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8", newline="")
     os.replace(partial, path)
 
 

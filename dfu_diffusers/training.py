@@ -27,6 +27,10 @@ def place_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
+class DataError(RuntimeError):
+    """Images that cannot be had; the message says which, why, and what to do."""
+
+
 class TrainingStep:
     """One optimizer step on a global batch: micro-batches, gradients over all processes, clipping, update.
 
@@ -39,7 +43,11 @@ class TrainingStep:
         max_grad_norm: gradients are scaled down to this norm.
 
     Calling it with the step's number returns (loss, norm of the gradient, mean of `value` over processes), the same on
-    all processes. Where the loss or the gradient is not finite the weights stay as they were.
+    all processes. Where the loss or the gradient is not finite the weights stay as they were (not under DeepSpeed,
+    whose engine steps before it can be asked).
+
+    Raises:
+        DataError: the next micro-batch cannot be loaded.
     """
 
     def __init__(self, accelerator: Accelerator, model, optimizer, loss, sampler, batches: Iterator, max_grad_norm):
@@ -52,7 +60,7 @@ class TrainingStep:
         micro_batches, share = self.sampler.micro_batches(step), self.sampler.batch_size // self.sampler.num_processes
         total = torch.zeros((), device=accelerator.device)
         for index, draws in enumerate(micro_batches):
-            batch = next(self.batches)
+            batch = self._next_batch()
             with self._synchronize(index == len(micro_batches) - 1):
                 labels = batch["label"].to(accelerator.device) if "label" in batch else None
                 images = batch["image"].to(accelerator.device, non_blocking=True)
@@ -69,6 +77,12 @@ class TrainingStep:
             self.optimizer.step()  # in fp16 the gradient scaler skips the step itself, and must hear of it
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm, value
+
+    def _next_batch(self) -> dict[str, torch.Tensor]:
+        try:
+            return next(self.batches)
+        except ValueError as error:  # of our data sets; a worker puts its own trail before the message
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
     def _synchronize(self, last: bool):
         """Processes exchange gradients with the last micro-batch only."""
@@ -93,7 +107,7 @@ class WeightAverages:
 
     def __init__(self, accelerator: Accelerator, model, rules: dict[str, Callable[[list], EMAModel]]):
         kind = accelerator.distributed_type
-        if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        if kind == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
             raise ValueError("FSDP version 1 flattens the weights: set fsdp_version: 2 in Accelerate's configuration.")
         if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("DeepSpeed's zero_stage: 3 spreads each weight: use stage 1 or 2, or FSDP.")
@@ -140,8 +154,8 @@ class WeightAverages:
 
 
 class StopSignal:
-    """Remembers a SIGTERM or SIGINT, so that the run can save and end after the step it is in. A second one acts as
-    it would without this.
+    """Remembers a SIGTERM or SIGINT, so that the run can save and end after the step it is in. A SIGINT after that
+    acts as it would without this; a SIGTERM does not, for launchers and schedulers send it more than once.
 
     >>> with StopSignal() as stop:
     ...     signal.raise_signal(signal.SIGINT)
@@ -159,10 +173,8 @@ class StopSignal:
 
     def _remember(self, number, frame) -> None:
         self.name = signal.Signals(number).name
-        self._restore()
+        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
-    def _restore(self, *error) -> None:
+    def __exit__(self, *error) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    __exit__ = _restore

@@ -34,14 +34,22 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler, hub
 from dfu_diffusers.augment import GeometricAugment
-from dfu_diffusers.checkpoints import CheckpointError, check_architecture, choose_checkpoint, save_checkpoint
-from dfu_diffusers.data import ImageDataset, ImageStream, build_cache, ignore_sigint, load_table
+from dfu_diffusers.checkpoints import (
+    CheckpointError,
+    check_architecture,
+    choose_checkpoint,
+    replace_contents,
+    save_checkpoint,
+    set_aside,
+)
+from dfu_diffusers.data import ImageDataset, ImageStream, build_cache, ignore_signals, load_table
 from dfu_diffusers.ema import HalfLifeEMA, PowerEMA, save_snapshot
 from dfu_diffusers.losses import TrainingLoss, ValidationLoss
 from dfu_diffusers.parameter_groups import freeze, summary
@@ -55,15 +63,19 @@ from dfu_diffusers.reports import (
     write_atomically,
 )
 from dfu_diffusers.resolutions import MixedResolutionBatchSampler, format_resolution, parse_resolution, source_size
-from dfu_diffusers.training import StopSignal, TrainingStep, WeightAverages
+from dfu_diffusers.training import DataError, StopSignal, TrainingStep, WeightAverages
 
 EXAMPLES = Path(__file__).parent
 CONFIGS = EXAMPLES / "configs"
+SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # it needs rules
 HELD_OUT_PORTRAITS = 10_001  # added to --seed: the series of portraits that validation looks at
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
+
+
+SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)  # --no-OPTION overrules a file of options
 
 
 def number(kind, low, high=math.inf, open_low=False):
@@ -91,8 +103,10 @@ def resolution(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file with any of these options; the command line goes before it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file with any of these options; the command line overrules it")
     parser.add_argument("--dry_run", action="store_true", help="check, print model, schedule and memory, and stop")
 
     data = parser.add_argument_group("data (default: procedural portraits, endless)")
@@ -100,19 +114,21 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--dataset_name", help="data set id on the Hub, or a local folder that `datasets` can load")
     data.add_argument("--dataset_config_name", help="its configuration")
     data.add_argument("--dataset_split", default="train")
-    data.add_argument("--streaming", action="store_true", help="read it as it comes, without downloading all of it")
+    data.add_argument("--streaming", **SWITCH, help="read it as it comes; each process and worker reads all")
     data.add_argument("--image_column", default="image")
     data.add_argument("--label_column", default="label", help="class of an image; folders make one of this name")
-    data.add_argument("--class_conditional", action="store_true", help="train on --label_column too")
-    data.add_argument("--random_crop", action="store_true", help="crop to the aspect ratio at random, not centred")
-    data.add_argument("--random_flip", action="store_true", help="mirror half of the images")
+    data.add_argument("--class_conditional", **SWITCH, help="train on --label_column too")
+    data.add_argument("--random_crop", **SWITCH, help="crop to the aspect ratio at random, not centred")
+    data.add_argument("--random_flip", **SWITCH, help="mirror half of the images")
     data.add_argument(
         "--small_images", choices=["fail", "skip", "upscale"], default="fail",
         help="what to do with images smaller than the largest resolution",
     )  # fmt: skip
-    data.add_argument("--cache_dir", help="keep images resized in memory-mapped files there (made once)")
-    data.add_argument("--num_workers", type=natural, default=0, help="processes that load images")
-    data.add_argument("--num_validation_images", type=natural, default=64, help="held out, up to a tenth of the data")
+    data.add_argument("--cache_dir", help="keep images resized in memory-mapped files there")
+    data.add_argument("--num_workers", type=natural, default=0, help="that load images")
+    data.add_argument(
+        "--num_validation_images", type=natural, default=64, help="held out, up to a tenth of a data set"
+    )
 
     sizes = parser.add_argument_group("resolutions, as HEIGHT or HEIGHTxWIDTH")
     sizes.add_argument("--resolutions", nargs="+", type=resolution, default=[(16, 16), (24, 24), (32, 32)])
@@ -136,13 +152,13 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--optimizer", choices=["adam", "adamw", "adam8bit"], default="adam")
     training.add_argument("--learning_rate", type=positive, default=1e-3)
     training.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="of adamw")
-    training.add_argument("--lr_scheduler", default="cosine", choices=[s.value for s in SchedulerType], metavar="NAME")
-    training.add_argument("--lr_warmup_images", type=natural, default=3200)
+    training.add_argument("--lr_scheduler", default="cosine", choices=SCHEDULES)
+    training.add_argument("--lr_warmup_images", type=natural, default=3200, help="(not of `constant`)")
     training.add_argument("--max_grad_norm", type=positive, default=1.0)
     training.add_argument("--max_nonfinite_steps", type=count, default=10, help="stop after so many in a row")
     training.add_argument("--p_mean", type=float, default=-1.2, help="mean of ln sigma")
     training.add_argument("--p_std", type=positive, default=1.2, help="standard deviation of ln sigma")
-    training.add_argument("--sigma_data", type=positive, default=0.5, help="standard deviation of the images")
+    training.add_argument("--sigma_data", type=positive, help="of the images (default: 0.5, or --init_from's)")
     training.add_argument("--augment_probability", type=number(float, 0, 1), default=0.0, help="EDM uses 0.12")
     training.add_argument("--ema_halflife_images", type=positive, default=20_000, help="of the averaged weights")
     training.add_argument("--ema_rampup_ratio", type=positive, default=0.05, help="half-life at most this x images")
@@ -151,9 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="also keep power-function averages (EDM2: 0.05 0.1) for dfu_diffusers.ema.reconstruct",
     )  # fmt: skip
     training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    training.add_argument("--tf32", action="store_true", help="faster float32 matrix products on NVIDIA GPUs")
-    training.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    training.add_argument("--torch_compile", action="store_true", help="compile the repeated blocks")
+    training.add_argument("--tf32", **SWITCH, help="faster float32 matrix products on NVIDIA GPUs")
+    training.add_argument("--gradient_checkpointing", **SWITCH, help="less memory, more time")
+    training.add_argument("--torch_compile", **SWITCH, help="compile the repeated blocks")
     training.add_argument("--seed", type=natural, default=0)
 
     output = parser.add_argument_group("output")
@@ -163,10 +179,13 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
     output.add_argument("--report_images", type=count, default=32_000, help="sample and validate every so many images")
     output.add_argument("--report_to", default="tensorboard", help="a tracker of Accelerate (wandb, ...), or none")
-    output.add_argument("--save_raw_weights", action="store_true", help='beside the average, as variant="raw"')
-    output.add_argument("--push_to_hub", action="store_true", help="upload the pipeline with a model card at the end")
+    output.add_argument("--save_raw_weights", **SWITCH, help='beside the average, as variant="raw"')
+    output.add_argument("--push_to_hub", **SWITCH, help="upload the pipeline with a model card at the end")
     output.add_argument("--hub_model_id", help="repository (default: name of --output_dir)")
-    output.add_argument("--hub_private", action="store_true", help="create it as a private one")
+    output.add_argument("--hub_private", **SWITCH, help="create it as a private one")
+    output.add_argument("--hub_revision", help="branch to push to (default: main)")
+    output.add_argument("--hub_tag", help="a name for this state, such as v1.0")
+    output.add_argument("--hub_self_contained", **SWITCH, help="with code: loads without dfu_diffusers")
     return parser
 
 
@@ -211,9 +230,12 @@ def options_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
         close = difflib.get_close_matches(unknown[0], known, n=1)
         parser.error(f"--config {path}: no option {unknown[0]!r}" + "".join(f", perhaps {name!r}" for name in close))
     argv = []
+    switches = {action.dest for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)}
     for name, value in options.items():
-        if value is not None and value is not False:  # YAML reads a bare `no` as False
-            values = [] if value is True else value if isinstance(value, list) else [value]
+        if name in switches and isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            values = value if isinstance(value, list) else ["no" if value is False else value]  # YAML's bare `no`
             argv += [f"--{name}", *map(str, values)]
     return argv
 
@@ -243,7 +265,10 @@ class Data:
     """What the options ask for: `train` (a data set, or a stream's table), `held_out` or None, their description."""
 
     def __init__(self, args, channels: int, accelerator: Accelerator):
-        self.args, self.held_out = args, None
+        self.args, self.held_out, self.class_names = args, None, None
+        self.sizes = sorted(
+            {source_size(size, args.resolutions) for size in args.resolutions + args.upsample_resolutions}
+        )
         self.is_stream, self.images = args.streaming, args.dataset_name or args.train_data_dir
         if not self.images:
             self._portraits(channels)
@@ -253,9 +278,9 @@ class Data:
             image_column=args.image_column,
             label_column=args.label_column if args.class_conditional else None,
             small_images=args.small_images,
-            min_size=max(args.resolutions, key=math.prod),
+            min_size=tuple(map(max, zip(*self.sizes))),
         )
-        # One process a machine reads the headers and resizes for the cache, the others then find it done.
+        # One process a machine unpacks, converts and resizes; the others then find it done.
         with accelerator.local_main_process_first():
             table = load_table(
                 args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming, args.train_data_dir
@@ -267,7 +292,7 @@ class Data:
         args = self.args
         if channels != 3:
             raise ValueError(f"The portraits have 3 channels, but the model has {channels}.")
-        self.train, self.num_classes = PortraitDataset(1_000_000, seed=args.seed), None
+        self.train = PortraitDataset(1_000_000, seed=args.seed)
         if args.num_validation_images:
             self.held_out = PortraitDataset(args.num_validation_images, seed=args.seed + HELD_OUT_PORTRAITS)
         self.fingerprint, self.description = f"portraits-{args.seed}", f"procedural portraits, seed {args.seed}"
@@ -276,28 +301,34 @@ class Data:
         args = self.args
         options = self.options | dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
         self.train = ImageDataset(table, **options)
-        if args.cache_dir:
-            sizes = {source_size(size, args.resolutions) for size in args.resolutions + args.upsample_resolutions}
-            cache = build_cache(self.train, sorted(sizes), args.cache_dir, args.num_workers)
+        if args.cache_dir and not args.dry_run:
+            cache = build_cache(self.train, self.sizes, args.cache_dir, args.num_workers)
             self.train = ImageDataset(table, **options, cache=cache)
-        self.num_classes, self.fingerprint = self.train.num_classes, self.train.fingerprint
+        self.class_names, self.fingerprint = self.train.class_names, self.train.fingerprint
         if held_out := min(args.num_validation_images, len(self.train) // 10):
             self.train, self.held_out = self.train.split(held_out, args.seed)
 
     def _stream(self, table) -> None:
         args = self.args
-        names = ImageStream(table, [], **self.options).class_names  # which checks the columns, too
-        if args.class_conditional and not names:
+        self.class_names = ImageStream(table, [], **self.options).class_names  # which checks the columns, too
+        if args.class_conditional and not self.class_names:
             raise ValueError(f"The stream does not say how many classes {args.label_column!r} has: leave --streaming.")
-        self.num_classes, self.fingerprint = names and len(names), None  # not known before all of it was read
+        self.fingerprint = None  # not known before all of it was read
         if args.num_validation_images:
+            table = table.shuffle(args.seed)  # classes often come one after another
             rows = list(table.take(args.num_validation_images))
             self.held_out = ImageDataset(datasets.Dataset.from_list(rows, features=table.features), **self.options)
             table = table.skip(len(rows))
+        if next(iter(table), None) is None:
+            raise ValueError(f"{self.images} holds no image to train on: lower --num_validation_images, or add some.")
         self.train = table
 
     def __str__(self) -> str:
         return self.description if self.is_stream else f"{self.description}, {self.length:,} images"
+
+    @property
+    def num_classes(self) -> int | None:
+        return len(self.class_names) if self.class_names else None
 
     @property
     def length(self) -> int | None:
@@ -312,7 +343,7 @@ class Data:
             crops = dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
             images, data = ImageStream(self.train, sampler, **self.options, **crops), dict(batch_size=None)
         return DataLoader(
-            images, **data, num_workers=args.num_workers, worker_init_fn=ignore_sigint, pin_memory=pin_memory
+            images, **data, num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=pin_memory
         )
 
 
@@ -331,9 +362,22 @@ def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
     if not args.init_from:
         with torch.device("meta") if args.dry_run else contextlib.nullcontext():  # no weights to just count them
             return DFUModel.from_config(config | wanted)
-    model = DFUPipeline.from_pretrained(args.init_from).unet.float()
+    model = DFUPipeline.from_pretrained(args.init_from).unet.float().train()
     model.register_to_config(sample_size=config["sample_size"])
     return model
+
+
+def build_scheduler(args) -> EDMHeunScheduler:
+    """The scalings of the network: a pipeline to fine-tune brings its own."""
+    if not args.init_from:
+        return EDMHeunScheduler(sigma_data=args.sigma_data or 0.5)
+    scheduler = EDMHeunScheduler.from_pretrained(args.init_from, subfolder="scheduler")
+    if args.sigma_data not in (None, scheduler.config.sigma_data):
+        raise ValueError(
+            f"{args.init_from} was trained with sigma_data={scheduler.config.sigma_data}, not {args.sigma_data}: "
+            f"leave out --sigma_data."
+        )
+    return scheduler
 
 
 def build_optimizer(args, model: DFUModel) -> torch.optim.Optimizer:
@@ -371,7 +415,7 @@ class Run:
         self.args, self.command, self.output = args, command, Path(args.output_dir)
         self.checkpoint = choose_checkpoint(args.resume_from_checkpoint, self.output)
         self.start = int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else 0
-        if self.start >= args.max_train_steps:
+        if self.start > args.max_train_steps:
             raise CheckpointError(f"{self.checkpoint} has done {self.start} steps: ask for more: --max_train_steps.")
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
@@ -405,7 +449,7 @@ class Run:
             self.start, args.seed, accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         self.loader = self.data.loader(self.sampler, pin_memory=accelerator.device.type == "cuda")
-        self.scheduler = EDMHeunScheduler(sigma_data=args.sigma_data)
+        self.scheduler = build_scheduler(args)
         self.noise = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std)
         self.validation = None
         if self.data.held_out is not None:
@@ -480,40 +524,60 @@ class Run:
                     )
                     return
                 images_before, images = (n * args.batch_size // args.report_images for n in (done - 1, done))
-                if done == end or images > images_before:
+                if images > images_before and done < end:
                     self._report(done)
+        self._report(end)
         self._finish()
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        saved = json.loads((self.checkpoint / "run.json").read_text())["options"]
-        options = public_options(self.args)
-        if saved["batch_size"] != self.args.batch_size:
-            raise CheckpointError(
-                f"{self.checkpoint} was made with --batch_size {saved['batch_size']}, not {self.args.batch_size}: it "
-                f"decides which images have been seen, so it must stay. (--max_pixels_per_batch saves memory.)"
-            )
+        facts = json.loads((self.checkpoint / "run.json").read_text())
+        saved, data, options = facts["options"], facts["data"], public_options(self.args)
+        for name, reason in (
+            ("batch_size", "it decides which images have been seen (--max_pixels_per_batch saves memory)"),
+            ("optimizer", "its moments are those of that one"),
+        ):
+            if saved[name] != options[name]:
+                raise CheckpointError(
+                    f"{self.checkpoint} was made with --{name} {saved[name]}, not {options[name]}, which must stay: "
+                    f"{reason}."
+                )
         self.accelerator.load_state(str(self.checkpoint))
         self.averages.load(self.checkpoint)
+        self._apply_learning_rate()
         free = {"resume_from_checkpoint", "output_dir", "config", "dry_run"}
         changed = [f"{k} {saved.get(k)} -> {v}" for k, v in options.items() if k not in free and saved.get(k) != v]
+        if data["fingerprint"] != self.data.fingerprint:
+            changed.append(f"the images: {data['description']} -> {self.data.description}, so some will come twice")
         self.accelerator.print(f"Resumed from {self.checkpoint}." + " Changed: " * bool(changed) + ", ".join(changed))
+
+    def _apply_learning_rate(self) -> None:
+        """This run's options; those of the checkpoint came with its optimizer."""
+        schedule, rate = self.lr_scheduler, self.args.learning_rate
+        schedule.base_lrs = [rate for _ in schedule.base_lrs]
+        for group, scale in zip(self.optimizer.param_groups, schedule.lr_lambdas):
+            group["initial_lr"], group["lr"] = rate, rate * scale(schedule.last_epoch)
+            if self.args.optimizer == "adamw":
+                group["weight_decay"] = self.args.weight_decay
 
     def _begin(self) -> None:
         """Everything that leaves a trace waits until the run is known to be possible."""
-        self.started, self.nonfinite, self.recent = time.time(), 0, {}
+        self.nonfinite, self.recent = 0, {}
         self.accelerator.print(summary(self.unet))
         self.accelerator.print(f"Data: {self.data}.")
         if not self.main:
             return
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            for path in set_aside(self.output, self.start):
+                self.accelerator.print(f"A later checkpoint of this run, which goes on before it, is now {path}.")
             write_atomically(self.output / "run.json", json.dumps(self._facts(), indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(f"--output_dir {self.output} cannot be written to: {error}") from error
         fields = ["step", "resolution", "loss", "grad_norm", "learning_rate", "seconds"]
         self.log = Table(self.output / "loss.csv", fields, self.start)
+        self.started = time.time() - (float(self.log.rows[-1]["seconds"]) if self.log.rows else 0)
         bins = self.validation.bin_names if self.validation else []
         fields = ["step", "resolution", "loss", *(f"sigma {name}" for name in bins)]
         self.validation_log = Table(self.output / "validation.csv", fields, self.start)
@@ -523,7 +587,7 @@ class Run:
         return {
             "options": public_options(self.args),
             "command": self.command,
-            "data": {"description": self.data.description, "fingerprint": self.data.fingerprint},
+            "data": {name: getattr(self.data, name) for name in ("description", "fingerprint", "class_names")},
             "model": {k: v for k, v in self.unet.config.items() if not k.startswith("_")},
             "parameters": sum(p.numel() for p in self.unet.parameters()),
             "versions": {m.__name__: m.__version__ for m in (dfu_diffusers, torch, diffusers, accelerate)}
@@ -545,19 +609,21 @@ class Run:
     def _follow(self, progress: tqdm, done: int, loss: float, grad_norm: float) -> None:
         """What comes after each step: averages of weights and losses, logs, and a count of losses not finite."""
         name = format_resolution(self.sampler.resolution(done - 1))
-        # The gradient scaler of fp16 finds its scale by trying ones that overflow.
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.args.mixed_precision == "fp16"):
+        # The gradient scaler of fp16 finds its scale by halving one that overflows, from 2^16 on.
+        patience = self.args.max_nonfinite_steps + (24 if self.args.mixed_precision == "fp16" else 0)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             self.nonfinite = 0
             self.averages.step()
             self.recent[name] = 0.9 * self.recent.get(name, loss) + 0.1 * loss
         else:
             self.nonfinite += 1
-            progress.write(f"Step {done} at {name} skipped: loss {loss}, norm of the gradient {grad_norm}.")
+            if self.main:
+                progress.write(f"Step {done} at {name} skipped: loss {loss}, norm of the gradient {grad_norm}.")
+        progress.set_postfix({name: f"{self.recent[name]:.3f}" for name in sorted(self.recent)}, refresh=False)
         progress.update(self.args.batch_size)
-        progress.set_postfix({name: f"{self.recent[name]:.3f}" for name in sorted(self.recent)})
         if self.main:
             self._log(done, name, loss, grad_norm)
-        if self.nonfinite == self.args.max_nonfinite_steps:
+        if self.nonfinite == patience:
             raise CheckpointError(
                 f"Stopped after {self.nonfinite} steps in a row without a finite loss: the learning rate "
                 f"{self.args.learning_rate} may be too high. {self.output} holds the checkpoints before."
@@ -586,14 +652,15 @@ class Run:
                 save_snapshot(snapshot, sigma_rel, steps, self.output / "power_ema")
         if self.main:
             pipe = self._pipeline(weights)
-            pipe.save_pretrained(self.output)
+            replace_contents(self.output, pipe.save_pretrained)
             with self.accelerator.autocast():
                 losses = self.validation(pipe.unet) if self.validation else {}
             for size, values in losses.items():
                 name = format_resolution(size)
                 self.validation_log.append(done, name, *values.tolist())
                 self.accelerator.log({f"validation/{name}": values[0].item()}, step=done)
-            sheet = sample_sheet(pipe, sheet_sizes(self.args.resolutions), self.args.seed)
+            sizes = sheet_sizes(self.args.resolutions + self.args.upsample_resolutions)
+            sheet = sample_sheet(pipe, sizes, self.args.seed)
             sheet.save(self.output / "samples.png")
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
@@ -618,7 +685,8 @@ class Run:
         if self.main:
             self._write_card()
             if self.args.push_to_hub:
-                print(f"Pushed to {hub.push_folder(self.output, self.args.hub_model_id)}.")
+                how = {name: vars(self.args)[f"hub_{name}"] for name in ("revision", "tag", "self_contained")}
+                print(f"Pushed to {hub.push_folder(self.output, self.args.hub_model_id, **how)}.")
         self.accelerator.wait_for_everyone()
         self.accelerator.print(
             f"Trained {self.args.max_train_steps} steps: see {self.output}/samples.png and loss.png."
@@ -628,21 +696,23 @@ class Run:
     def _write_card(self) -> None:
         args, facts = self.args, self._facts()
         last = {row["resolution"]: float(row["loss"]) for row in self.validation_log.rows}
-        recent = [float(row["loss"]) for row in self.log.rows[-100:]]
+        recent = [loss for row in self.log.rows[-100:] if math.isfinite(loss := float(row["loss"]))]
+        classes = ", ".join(f"{i} {name}" for i, name in enumerate(self.data.class_names or []))
         card = hub.model_card(
             EXAMPLES.parent / "model_card.md",
             self.output,
             args.hub_model_id or self.output.name,
             train_sizes=[format_resolution(size) for size in args.resolutions + args.upsample_resolutions],
-            data=self.data.description,
+            data=self.data.description + (f". Classes: {classes}" if classes else ""),
             datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
             command=facts["command"],
             options=facts["options"],
             images_seen=args.max_train_steps * args.batch_size,
             hardware=f"{facts['processes']} x {facts['device']}",
             time=str(datetime.timedelta(seconds=round(float(self.log.rows[-1]["seconds"])))),
-            final_loss=sum(recent) / len(recent),
+            final_loss=sum(recent) / len(recent) if recent else None,
             validation=last or None,
+            self_contained=args.hub_self_contained,
             commit=facts["commit"],
         )
         write_atomically(self.output / "README.md", card)
@@ -687,9 +757,9 @@ def main(argv=None) -> None:
         return
     try:
         run.train()
-    except CheckpointError as error:
+    except (CheckpointError, DataError, OSError, SafetensorError, hub.HubError) as error:
         raise SystemExit(f"train_dfu.py: {error}") from error
-    except RuntimeError as error:
+    except RuntimeError as error:  # raised by a signal handler of torch's, wherever the run is
         if "DataLoader worker" not in str(error):
             raise
         raise SystemExit(

@@ -1,7 +1,7 @@
 """A Hub in the tests: what huggingface_hub's real client asks for, answered in memory over a real socket.
 
-Models only, LFS only (no Xet): whoami, create, model info, tree, preupload, LFS batch, PUT and verify, commit,
-resolve, validate-yaml. Faults can be switched on: `fail`, `cut`, `lose_answer`.
+Models only, LFS only (no Xet): whoami, create, model info, refs, branch, tag, tree, preupload, LFS batch, PUT and
+verify, commit, resolve, validate-yaml. Faults can be switched on: `fail`, `cut`, `lose_answer`.
 
 Tests in this process take the fixture `hub`; other processes are started with `hub.environment(folder)`.
 """
@@ -35,25 +35,26 @@ def is_lfs(path: str) -> bool:
 
 @dataclass
 class Repo:
-    """A model's repository: its commits, oldest first, each as (sha, summary, files)."""
+    """A model's repository: its commits, oldest first, each as (sha, summary, files), and the names of some."""
 
     private: bool
     commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, summary: str, files: dict[str, bytes]) -> str:
+    def commit(self, summary: str, files: dict[str, bytes], branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)} {summary}".encode()).hexdigest()
         self.commits.append((sha, summary, files))
+        self.branches[branch] = sha
         return sha
 
     @property
     def files(self) -> dict[str, bytes]:
-        return self.commits[-1][2]
+        return self.at("main")[1]
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        for sha, _, files in reversed(self.commits):
-            if revision in ("main", sha):
-                return sha, files
-        return None
+        wanted = {**self.tags, **self.branches}.get(revision, revision)
+        return next(((sha, files) for sha, _, files in self.commits if sha == wanted), None)
 
 
 @dataclass
@@ -148,8 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_request(self) -> None:
-        self.path = unquote(urlsplit(self.path).path)
-        fault = self.hub.next_fault(f"{self.command} {self.path}")
+        self.path = urlsplit(self.path).path  # quoted: a branch's name may hold a slash
+        fault = self.hub.next_fault(f"{self.command} {unquote(self.path)}")
         length = int(self.headers.get("Content-Length") or 0)
         if fault and fault.kind == "cut":
             self.rfile.read1(length // 2 or 1000)
@@ -198,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         """(content, headers) of the answer, content being bytes or something for JSON."""
         for pattern, method in ROUTES:
             if match := re.fullmatch(pattern, f"{self.command} {self.path}"):
-                result = method(self, *match.groups())
+                result = method(self, *map(unquote, match.groups()))
                 return result if isinstance(result, tuple) else (result, {})
         raise Refusal(404, "no such page")
 
@@ -222,8 +223,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "Authorization error: you may not write here")
         return repo
 
-    def revision(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]]:
-        found = self.repo(repo_id).at(revision)
+    def revision(self, repo_id: str, revision: str, write: bool = False) -> tuple[str, dict[str, bytes]]:
+        found = self.repo(repo_id, write).at(revision)
         if found is None:
             raise not_found("revision")
         return found
@@ -257,6 +258,29 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(files)]
         return {"id": repo_id, "sha": sha, "private": self.repo(repo_id).private, "siblings": siblings, "tags": []}
 
+    def refs(self, repo_id: str):
+        repo = self.repo(repo_id)
+        kinds = {"branches": ("heads", repo.branches), "tags": ("tags", repo.tags)}
+        return {"converts": []} | {
+            kind: [{"name": name, "ref": f"refs/{short}/{name}", "targetCommit": sha} for name, sha in named.items()]
+            for kind, (short, named) in kinds.items()
+        }
+
+    def branch(self, repo_id: str, name: str):
+        sha, _ = self.revision(repo_id, self.json().get("startingPoint", "main"), write=True)
+        if name in self.repo(repo_id).branches:
+            raise Refusal(409, f"Reference already exists: refs/heads/{name}")
+        self.repo(repo_id).branches[name] = sha
+        return {}
+
+    def tag(self, repo_id: str, revision: str):
+        sha, _ = self.revision(repo_id, revision, write=True)
+        name = self.json()["tag"]
+        if name in self.repo(repo_id).tags:
+            raise Refusal(409, f"Reference already exists: refs/tags/{name}")
+        self.repo(repo_id).tags[name] = sha
+        return {}
+
     def tree(self, repo_id: str, revision: str):
         _, files = self.revision(repo_id, revision)
         return [self.entry(path, content) for path, content in sorted(files.items())]
@@ -279,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"errors": [], "warnings": [] if data else [{"message": "empty or missing yaml metadata in repo card"}]}
 
     def preupload(self, repo_id: str, revision: str):
-        files = self.repo(repo_id, write=True).files
+        _, files = self.revision(repo_id, revision, write=True)
         answers = []
         for wanted in self.json()["files"]:
             path, there = wanted["path"], files.get(wanted["path"])
@@ -312,7 +336,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo_id: str, revision: str):
         repo = self.repo(repo_id, write=True)
-        files, summary = dict(repo.files), ""
+        if revision not in repo.branches:
+            raise not_found("revision")
+        files, summary = dict(repo.at(revision)[1]), ""
         for line in self.body.splitlines():
             key, value = (json.loads(line)[name] for name in ("key", "value"))
             if key == "header":
@@ -328,7 +354,7 @@ class Handler(BaseHTTPRequestHandler):
                     raise Refusal(404, "A file with this name doesn't exist", X_Error_Code="EntryNotFound")
             else:
                 raise Refusal(400, f"unknown operation {key}")
-        sha = repo.commit(summary, files)
+        sha = repo.commit(summary, files, revision)
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
 
     def resolve(self, repo_id: str, revision: str, path: str):
@@ -348,7 +374,10 @@ ROUTES = [
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/repos/create", Handler.create),
     (rf"GET /api/models/{ID}", Handler.info),
-    (rf"GET /api/models/{ID}/revision/(.+)", Handler.info),
+    (rf"GET /api/models/{ID}/revision/([^/]+)", Handler.info),
+    (rf"GET /api/models/{ID}/refs", Handler.refs),
+    (rf"POST /api/models/{ID}/branch/([^/]+)", Handler.branch),
+    (rf"POST /api/models/{ID}/tag/([^/]+)", Handler.tag),
     (rf"GET /api/models/{ID}/tree/([^/]+)", Handler.tree),
     (r"POST /api/validate-yaml", Handler.validate_yaml),
     (rf"POST /api/models/{ID}/preupload/([^/]+)", Handler.preupload),
@@ -366,13 +395,15 @@ def hub(monkeypatch, tmp_path):
 
     huggingface_hub reads its environment when it is imported, which was long ago, hence the constants.
     """
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session, constants, hf_api
 
     with HubStandIn() as stand_in:
         monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        monkeypatch.setattr(hf_api.api, "endpoint", stand_in.url)  # behind `huggingface_hub.model_info` and the like
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

@@ -10,11 +10,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-torch.set_num_threads(1)
-PartialState(cpu=True)
-if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-from examples import train_dfu  # noqa: E402
+def main() -> None:
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    from examples import train_dfu
 
-train_dfu.main(sys.argv[1:])
+    train_dfu.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,9 @@ from dfu_diffusers.checkpoints import (
     choose_checkpoint,
     damage,
     find_checkpoints,
+    replace_contents,
     save_checkpoint,
+    set_aside,
 )
 
 
@@ -95,6 +97,33 @@ def test_a_damaged_one_is_refused_and_the_one_before_is_offered(save, tmp_path, 
     harm(tmp_path / "checkpoint-6") if "8 bytes" not in message else (tmp_path / "checkpoint-6" / "weights").unlink()
     with pytest.raises(CheckpointError, match="No other one is intact"):
         choose_checkpoint("latest", tmp_path)
+
+
+def test_going_on_from_an_older_one_sets_the_later_ones_aside(save, tmp_path):
+    """Else they would be the latest, and the ones that are kept."""
+    for step in (2, 4, 6):
+        save(step)
+    (tmp_path / "set-aside-checkpoint-6").mkdir()
+    assert [path.name for path in set_aside(tmp_path, 2)] == ["set-aside-checkpoint-4", "set-aside-checkpoint-6"]
+    save(3, total_limit=1)
+    assert list(find_checkpoints(tmp_path)) == [3] and damage(tmp_path / "set-aside-checkpoint-6") is None
+
+
+def test_contents_are_replaced_whole_or_not_at_all(tmp_path):
+    (tmp_path / "unet").mkdir(), (tmp_path / "unet" / "old").write_text("old"), (tmp_path / "notes").write_text("mine")
+
+    def write(folder):
+        (folder / "unet").mkdir(parents=True), (folder / "unet" / "new").write_text("new")
+
+    def fail(folder):
+        write(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        replace_contents(tmp_path, fail)
+    assert names(tmp_path) == ["notes", "unet"] and names(tmp_path / "unet") == ["old"]
+    replace_contents(tmp_path, write)
+    assert names(tmp_path) == ["notes", "unet"] and names(tmp_path / "unet") == ["new"]
 
 
 def test_missing_ones_and_earlier_runs_are_named(save, tmp_path):

@@ -22,7 +22,7 @@ from dfu_diffusers.data import (
     ImageStream,
     UnusableImage,
     build_cache,
-    ignore_sigint,
+    ignore_signals,
     load_table,
     read_image,
     read_size,
@@ -526,7 +526,7 @@ def test_workers_change_nothing(tmp_path, open_folder):
     dataset = ImageDataset(open_folder(), random_crop=True, random_flip=True)
     batches = [[(n % 8, SIZES[n % 2], n) for n in range(start, start + 6, 2)] for start in range(8)]
     plain = [batch["image"] for batch in DataLoader(dataset, batch_sampler=batches)]
-    worked = DataLoader(dataset, batch_sampler=batches, num_workers=2, worker_init_fn=ignore_sigint)
+    worked = DataLoader(dataset, batch_sampler=batches, num_workers=2, worker_init_fn=ignore_signals)
     assert all(map(torch.equal, plain, (batch["image"] for batch in worked)))
 
 
@@ -654,7 +654,7 @@ def test_workers_open_the_cache_themselves(tmp_path, colourful):
 @pytest.mark.slow  # a new process imports everything anew
 def test_spawned_workers(tmp_path, colourful):
     cache = build_cache(ImageDataset(colourful), SIZES, tmp_path / "cache")
-    options = dict(num_workers=1, multiprocessing_context="spawn", worker_init_fn=ignore_sigint)
+    options = dict(num_workers=1, multiprocessing_context="spawn", worker_init_fn=ignore_signals)
     batches = batches_of(range(4))
     for dataset in (ImageDataset(colourful), ImageDataset(colourful, cache=cache)):
         draws = [[(n, size, n) for _, size, n in batch] for batch in batches]
@@ -813,13 +813,16 @@ def test_a_stream_whose_columns_are_not_known_yet():
 # --- Processes ---
 
 
-def test_workers_ignore_ctrl_c():
-    before = signal.getsignal(signal.SIGINT)
+def test_workers_leave_signals_to_the_main_process():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     try:
-        ignore_sigint(0)
-        os.kill(os.getpid(), signal.SIGINT)
+        ignore_signals(0)
+        for number in numbers:
+            os.kill(os.getpid(), number)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def test_the_benchmark_runs(tmp_path, capsys):

@@ -1,9 +1,8 @@
 """Publishing: real client, real sockets, and a stand-in for the Hub (hub_stand_in.py)."""
 
+import hashlib
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,23 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from dfu_diffusers import DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.hub import HubError, check_card, check_push, files_to_push, main, model_card, push_folder
+from dfu_diffusers.hub import (
+    HubError,
+    check_card,
+    check_push,
+    convert,
+    files_to_push,
+    main,
+    model_card,
+    push_folder,
+)
 
 pytest_plugins = "hub_stand_in"
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 REPO = "me/tiny"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+CODE = ["pipeline_dfu.py", "scheduler/scheduling_edm_heun.py", "unet/modeling_dfu.py"]
 BELONGS = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS}
 FACTS = {
     "train_sizes": ["16", "16x24"],
@@ -61,11 +70,6 @@ def folder(pipe, tmp_path):
     return folder
 
 
-def run(code_or_module: list[str], environment: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, *code_or_module]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-
 # --- What is pushed ---
 
 
@@ -103,6 +107,12 @@ def test_a_folder_without_a_whole_pipeline_is_refused(folder, index, message):
         files_to_push(folder)
 
 
+def test_a_broken_configuration_is_refused(folder):
+    (folder / "scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(HubError, match="json of .* cannot be read .*save the pipeline again"):
+        files_to_push(folder)
+
+
 def test_pickled_weights_alone_are_refused(folder):
     (folder / WEIGHTS).unlink()
     with pytest.raises(HubError, match="unet, a component of the pipeline, holds no .*safetensors weights"):
@@ -112,7 +122,8 @@ def test_pickled_weights_alone_are_refused(folder):
 # --- Push and load ---
 
 
-def test_pushed_pipelines_load_in_a_fresh_process_and_draw_the_same_image(hub, folder, pipe, tmp_path):
+def test_a_push_is_one_commit_of_what_belongs(hub, folder):
+    """tests/test_remote_code.py loads it in fresh processes."""
     assert check_push("tiny", private=True) == REPO
     assert hub.repos[REPO].private
     assert push_folder(folder, REPO) == f"{hub.url}/{REPO}"
@@ -122,50 +133,189 @@ def test_pushed_pipelines_load_in_a_fresh_process_and_draw_the_same_image(hub, f
     assert repo.files.keys() - {".gitattributes"} == dict(files_to_push(folder)).keys()
     assert all(content == (folder / path).read_bytes() for path, content in repo.files.items() if path[0] != ".")
 
-    code = f"""
-import sys
-import numpy, torch, dfu_diffusers, diffusers
-assert "dfu_diffusers.hub" not in sys.modules
-images = []
-for loader in (dfu_diffusers.DFUPipeline, diffusers.DiffusionPipeline):
-    pipe = loader.from_pretrained({REPO!r})
-    assert type(pipe) is dfu_diffusers.DFUPipeline
-    images.append(pipe(height=13, width=18, num_inference_steps=2, output_type="np",
-                       generator=torch.Generator().manual_seed(0)).images)
-numpy.save({str(tmp_path / "images.npy")!r}, images)
-"""
-    result = run(["-c", code], hub.environment(tmp_path / "cache"))
-    assert result.returncode == 0, result.stderr
-    expected = pipe(
-        height=13, width=18, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
-    ).images
-    for image in np.load(tmp_path / "images.npy"):
-        assert np.array_equal(image, expected)
-
 
 def test_the_command_line_lists_then_pushes(hub, folder, capsys):
-    main([str(folder), REPO, "--dry_run"])
+    main(["push", str(folder), REPO, "--dry_run"])
     listing = capsys.readouterr().out
     assert hub.requests == [] and hub.repos == {}
     assert all(path in listing and f"{size:,}" in listing for path, size in files_to_push(folder))
 
-    main([str(folder), REPO])
+    main(["push", str(folder), REPO])
     assert not hub.repos[REPO].private
     assert capsys.readouterr().out == f"{listing}{hub.url}/{REPO}\n"
 
-    main([str(folder), REPO])  # again, nothing having changed
+    main(["push", str(folder), REPO])  # again, nothing having changed
     assert len(hub.repos[REPO].commits) == 2
 
 
-def test_weights_of_an_earlier_push_go_and_other_files_stay(hub, folder):
-    shards = {"unet/diffusion_pytorch_model-00001-of-00002.safetensors": b"old", "LICENSE": b"theirs"}
-    shards |= {"unet/diffusion_pytorch_model.safetensors.index.json": b"{}", "lora/weights.safetensors": b"theirs"}
-    repo = hub.add_repo(REPO, **shards)
+def test_weights_and_modules_of_an_earlier_push_go_and_other_files_stay(hub, folder):
+    old = ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/modeling_dfu.py", "pipeline_dfu.py"]
+    old += ["unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    old += ["unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
+    theirs = {".gitattributes", "LICENSE", "lora/weights.safetensors", "weights.safetensors", "train.py"}
+    repo = hub.add_repo(REPO, **dict.fromkeys([*old, *theirs], b""))
     push_folder(folder, REPO)
-    assert repo.files.keys() - dict(files_to_push(folder)).keys() == {
-        ".gitattributes", "LICENSE", "lora/weights.safetensors"
-    }  # fmt: skip
+    assert repo.files.keys() - dict(files_to_push(folder)).keys() == theirs
     assert len(repo.commits) == 2
+
+
+def test_where_a_pipeline_was_loaded_from_is_not_published(hub, folder, tmp_path):
+    hub.add_repo(REPO)
+    DFUPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert str(folder) in (tmp_path / "again/unet/config.json").read_text()
+    push_folder(tmp_path / "again", REPO)
+    assert not any(b"_name_or_path" in content for content in hub.repos[REPO].files.values())
+    assert all(len(hub.repos[REPO].files[path]) == size for path, size in files_to_push(tmp_path / "again"))
+
+
+# --- Self-contained ---
+
+
+def test_a_self_contained_push_adds_the_code_and_leaves_the_folder(hub, folder, capsys):
+    hub.add_repo(REPO)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    main(["push", str(folder), REPO, "--self_contained", "--dry_run"])
+    listing = capsys.readouterr().out
+    assert all(path in listing for path in CODE) and hub.requests == []
+    main(["push", str(folder), REPO, "--self_contained"])
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    repo = hub.repos[REPO]
+    pushed = dict(files_to_push(folder, self_contained=True))
+    assert pushed == {path: len(content) for path, content in repo.files.items() if path != ".gitattributes"}
+    assert pushed.keys() - dict(files_to_push(folder)).keys() == set(CODE)
+
+    push_folder(folder, REPO)  # plain again
+    assert not repo.files.keys() & set(CODE)
+    assert json.loads(repo.files["model_index.json"])["unet"] == ["dfu_diffusers", "DFUModel"]
+
+
+def test_what_was_saved_self_contained_is_pushed_so(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, self_contained=True)
+    assert dict(files_to_push(tmp_path)).keys() == BELONGS | set(CODE)
+    assert files_to_push(tmp_path, self_contained=True) == files_to_push(tmp_path)
+    (tmp_path / "pipeline_dfu.py").unlink()
+    with pytest.raises(HubError, match="names pipeline_dfu.py, which is not there.*self_contained=True"):
+        files_to_push(tmp_path)
+
+
+def test_modules_outside_of_the_folder_are_not_published(folder):
+    (folder.parent / "secret.py").write_text("TOKEN = 1")
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": ["../../secret", "DFUModel"]}))
+    assert not any("secret" in path for path, _ in files_to_push(folder))
+
+
+# --- Precision and shards ---
+
+
+def load(**kwargs) -> DFUPipeline:
+    pipe = DFUPipeline.from_pretrained(REPO, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(height=12, width=15, num_inference_steps=2, output_type="np", generator=generator).images
+
+
+@pytest.mark.parametrize("name, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_variants_are_made_pushed_and_loaded(hub, folder, pipe, capsys, name, dtype):
+    hub.add_repo(REPO)
+    before = (folder / "unet/config.json").read_bytes(), (folder / WEIGHTS).read_bytes()
+    main(["convert", str(folder), name])
+    path = folder / f"unet/diffusion_pytorch_model.{name}.safetensors"
+    assert f"{path.stat().st_size:>15,}  {path}" in capsys.readouterr().out
+    assert 0.4 < path.stat().st_size / (folder / WEIGHTS).stat().st_size < 0.6
+    assert before == ((folder / "unet/config.json").read_bytes(), (folder / WEIGHTS).read_bytes())
+
+    push_folder(folder, REPO)
+    loaded = load(variant=name, torch_dtype=dtype)
+    for ours, theirs in zip(pipe.unet.parameters(), loaded.unet.parameters()):
+        assert theirs.dtype == dtype and torch.equal(ours.to(dtype), theirs)
+    assert np.array_equal(draw(load()), draw(pipe))
+    assert not list(folder.glob("tmp*"))
+
+
+def test_shards_are_made_pushed_and_loaded_and_replaced(hub, folder, pipe):
+    hub.add_repo(REPO)
+    shards = convert(folder, "fp32", max_shard_size="200KB")
+    assert len(shards) > 3 and not (folder / WEIGHTS).exists()
+    assert all(path.stat().st_size < 220_000 for path in shards)
+    variant = convert(folder, "fp16", max_shard_size="100KB")
+    assert all(path.exists() for path in [*shards, *variant])
+    push_folder(folder, REPO)
+    assert np.array_equal(draw(load()), draw(pipe))
+    half = load(variant="fp16", torch_dtype=torch.float16)
+    assert all(torch.equal(a.half(), b) for a, b in zip(pipe.unet.parameters(), half.unet.parameters()))
+
+    assert convert(folder, "fp32") == [folder / WEIGHTS]
+    assert not any(path.exists() for path in shards) and all(path.exists() for path in variant)
+    push_folder(folder, REPO)
+    kept = {path.relative_to(folder).as_posix() for path in [*variant, folder / WEIGHTS]}
+    assert {path for path in hub.repos[REPO].files if "diffusion_pytorch_model" in path} == kept
+
+
+def test_weights_too_large_for_a_precision(make_model, tmp_path):
+    model = make_model()
+    next(model.parameters()).data[0] = 1e5
+    DFUPipeline(model, EDMHeunScheduler()).save_pretrained(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(HubError, match="too large for fp16.*convert them to bf16"):
+        convert(tmp_path, "fp16")
+    assert sorted(tmp_path.rglob("*")) == before
+    convert(tmp_path, "bf16")
+
+
+def test_what_cannot_be_converted(folder):
+    with pytest.raises(HubError, match="'int8' is no precision to convert to: use fp32, fp16, bf16"):
+        convert(folder, "int8")
+    (folder / WEIGHTS).write_bytes(b"not weights")
+    with pytest.raises(HubError, match="unet holds no weights to convert .*save"):
+        convert(folder, "fp16")
+    with pytest.raises(HubError, match="holds no model_index.json"):
+        convert(folder / "unet", "fp16")
+
+
+# --- Branches and tags ---
+
+
+def test_a_branch_is_made_and_main_stays(hub, folder):
+    repo = hub.add_repo(REPO)
+    before = repo.files
+    push_folder(folder, REPO, revision="with/code", self_contained=True)
+    assert repo.files is before and set(CODE) <= repo.at("with/code")[1].keys()
+    (folder / "samples.png").write_text("better samples")
+    push_folder(folder, REPO, revision="with/code", self_contained=True)  # there already
+    assert repo.at("with/code")[1]["samples.png"] == b"better samples"
+    push_folder(folder, REPO)
+    assert not set(CODE) & repo.files.keys()
+    assert type(load(revision="with/code").unet).__name__ == "DFUModel"
+
+
+def test_a_tag_keeps_a_state(hub, folder, pipe, make_model):
+    repo = hub.add_repo(REPO)
+    main(["push", str(folder), REPO, "--tag", "v1"])
+    DFUPipeline(make_model(num_class_embeds=3), EDMHeunScheduler()).save_pretrained(folder)
+    commits = len(repo.commits)
+    with pytest.raises(HubError, match="me/tiny has a tag v1 already.*choose another name") as error:
+        push_folder(folder, REPO, tag="v1")
+    assert_one_line(error)
+    assert len(repo.commits) == commits
+    push_folder(folder, REPO, tag="v2")
+    assert repo.tags["v1"] != repo.tags["v2"] == repo.branches["main"]
+    assert np.array_equal(draw(load(revision="v1")), draw(pipe))
+
+
+def test_faults_while_tagging(hub, folder):
+    repo = hub.add_repo(REPO)
+    hub.fail("/tag/", 503, times=4)
+    with pytest.raises(HubError, match="503.*has the new files, but not the tag.*try again"):
+        push_folder(folder, REPO, tag="v1")
+    assert len(repo.commits) == 2 and not repo.tags
+    hub.lose_answer("/tag/")
+    push_folder(folder, REPO, tag="v1")
+    assert len(repo.commits) == 2 and repo.tags == {"v1": repo.branches["main"]}
 
 
 # --- Whether it may be pushed ---
@@ -236,14 +386,12 @@ def test_no_network(hub, monkeypatch):
     assert_one_line(error)
 
 
-def test_offline_mode_as_a_command(hub, folder, tmp_path):
-    environment = {**hub.environment(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    result = run(["-m", "dfu_diffusers.hub", str(folder), REPO], environment)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == (
-        "me/tiny cannot be reached: offline mode is on. Unset HF_HUB_OFFLINE to push."
-    )
-    assert "Traceback" not in result.stderr and hub.requests == []
+def test_offline_mode_as_a_command(hub, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as error:
+        main(["push", str(folder), REPO])
+    assert error.value.code == "me/tiny cannot be reached: offline mode is on. Unset HF_HUB_OFFLINE to push."
+    assert hub.requests == []
 
 
 # --- Faults on the way ---
@@ -282,6 +430,21 @@ def test_an_upload_cut_in_the_middle_leaves_the_remote_unchanged_and_the_next_tr
     assert uploads == sum(request.startswith("PUT") for request in hub.requests)  # what had arrived is not sent again
 
 
+def test_an_interrupted_upload_of_shards_goes_on_where_it_stopped(hub, folder):
+    repo = hub.add_repo(REPO)
+    shards = [path for path in convert(folder, "fp32", max_shard_size="200KB") if path.suffix == ".safetensors"]
+    last = hashlib.sha256(shards[-1].read_bytes()).hexdigest()
+    hub.cut(f"PUT /lfs/{last}", times=1000)
+    with pytest.raises(HubError, match="is as it was"):
+        push_folder(folder, REPO)
+    assert len(repo.commits) == 1 and len(hub.lfs) >= len(shards) - 1
+    hub.faults.clear()
+    hub.requests.clear()
+    push_folder(folder, REPO)
+    assert [request for request in hub.requests if request.startswith("PUT")] == [f"PUT /lfs/{last}"]
+    assert len(repo.commits) == 2
+
+
 @pytest.mark.parametrize("where", ["PUT /lfs", "commit/"])
 def test_one_cut_is_survived(hub, folder, where):
     repo = hub.add_repo(REPO)
@@ -297,7 +460,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, folder):
     assert len(repo.commits) == 2
 
 
-@pytest.mark.parametrize("status, message", [(400, "could not be pushed"), (403, "may not write"), (409, "could not")])
+@pytest.mark.parametrize("status, message", [(400, "could not be pushed"), (403, "may not write"), (409, "Somebody")])
 def test_refusals_are_not_repeated(hub, folder, status, message):
     hub.add_repo(REPO)
     hub.fail("commit/", status, times=9)
@@ -354,6 +517,35 @@ def test_python_in_the_card_runs(folder, tmp_path, monkeypatch):
     assert (tmp_path / "image.png").exists()
 
 
+def test_a_card_knows_whether_the_pipeline_is_self_contained(folder, pipe):
+    template = folder.parent / "template.md"
+    template.write_text("---\n{{ card_data }}\n---\n{{ self_contained }}\n")
+    assert model_card(template, folder, REPO).endswith("---\nFalse\n")
+    assert model_card(template, folder, REPO, self_contained=True).endswith("---\nTrue\n")
+    pipe.save_pretrained(folder, self_contained=True)
+    assert model_card(template, folder, REPO).endswith("---\nTrue\n")
+
+
+def test_results_enter_the_metadata(folder):
+    data = ModelCard(model_card(TEMPLATE, folder, REPO, **FACTS, metrics={"FID": {"16": 12.5, "32": 20}})).data
+    assert data.model_name == "tiny"
+    assert [(r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results] == [
+        ("loss", "held-out loss at 16 px", 0.102), ("loss", "held-out loss at 20 px", 0.1084),
+        ("fid", "FID at 16 px", 12.5), ("fid", "FID at 32 px", 20),
+    ]  # fmt: skip
+    assert {(r.task_type, r.dataset_type, r.dataset_name) for r in data.eval_results} == {
+        ("unconditional-image-generation", "ann/faces", "ann/faces")
+    }
+    data = ModelCard(model_card(TEMPLATE, folder, REPO, metrics={"FID": {"16": 12.5}})).data
+    assert data.eval_results[0].dataset_name == "held-out images"
+
+
+def test_results_that_are_none_are_refused():
+    head = "---\nlibrary_name: diffusers\npipeline_tag: unconditional-image-generation\ntags: [dfu]\n"
+    with pytest.raises(HubError, match="metadata of README.md cannot be read"):
+        check_card(head + "model-index: [{name: tiny, results: [{task: 1}]}]\n---\n")
+
+
 def test_a_class_conditional_model_is_called_with_a_class(folder):
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps({**config, "num_class_embeds": 10, "sample_size": [16, 24]}))
@@ -361,12 +553,16 @@ def test_a_class_conditional_model_is_called_with_a_class(folder):
     assert "height=16, width=24, class_labels=0, generator" in card and "from 0 to 9" in card
 
 
-def test_the_hub_validates_the_card(hub, folder):
-    card = model_card(TEMPLATE, folder, REPO, **FACTS)
-    ModelCard(card).validate()
-    with pytest.raises(ValueError, match="must be a string"):
-        ModelCard(card.replace("license: apache-2.0", "license: 2")).validate()
-    assert hub.requests == 2 * ["POST /api/validate-yaml"]
+def test_the_hub_validates_the_card_before_anything_is_sent(hub, folder):
+    repo = hub.add_repo(REPO)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("license: apache-2.0", "license: 2"))
+    with pytest.raises(HubError, match="must be a string"):
+        push_folder(folder, REPO)
+    assert len(repo.commits) == 1 and not hub.lfs
+    (folder / "README.md").write_text(card)
+    push_folder(folder, REPO)
+    assert hub.requests.count("POST /api/validate-yaml") == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,13 @@ import dfu_diffusers
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dfu_diffusers"
-DOCUMENTS = ["README.md", "examples/README.md", "checkpoints/dfu-portraits/README.md", "CHANGELOG.md"]
+DOCUMENTS = [
+    "README.md",
+    "examples/README.md",
+    "examples/space/README.md",
+    "checkpoints/dfu-portraits/README.md",
+    "CHANGELOG.md",
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -31,7 +37,7 @@ def test_files_that_travel_to_the_hub_stand_alone(name):
     assert imports(PACKAGE / name) <= {"torch", "diffusers"} | sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("path", PACKAGE.glob("*.py"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
 def test_the_package_never_imports_its_examples_or_tests(path):
     assert not imports(path) & {"examples", "tests", "benchmarks"}
     needs = {"training.py": {"accelerate"}, "reports.py": {"matplotlib"}}.get(path.name, set())

@@ -165,7 +165,7 @@ def test_killed_moved_and_resumed_it_ends_where_the_uninterrupted_run_does(tmp_p
     process = subprocess.Popen(
         [*command, "--output_dir", str(stopped)], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
     )
-    kill_after, deadline = np.random.default_rng().integers(2, 8), time.time() + 120
+    kill_after, deadline = np.random.default_rng().integers(3, 9), time.time() + 120
     while not (stopped / "loss.csv").exists() or len(losses(stopped)) < kill_after:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.005)
@@ -196,6 +196,26 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, name, monkeypatch, capsys):
     assert not (tmp_path / "stopped" / "unet").exists()
     train(tmp_path / "stopped", "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
     assert_same(state(tmp_path / "stopped", 6), state(tmp_path / "whole", 6))
+
+
+def test_a_signal_to_the_whole_group_saves_too(tmp_path, photos):
+    """Launchers signal the workers that load images as well, and more than once."""
+    command = [sys.executable, ROOT / "examples" / "train_dfu.py", *TINY, "--output_dir", tmp_path / "run"]
+    command += ["--train_data_dir", photos, "--num_workers", 2, "--max_train_steps", 10_000]
+    command += ["--checkpointing_steps", 10_000]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, command)), env=environment, start_new_session=True, stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "loss.csv").exists() or len(losses(tmp_path / "run")) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM), os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Stopped by SIGTERM after step" in printed
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
 def launch(config, folder, *options):
@@ -278,6 +298,8 @@ def test_a_stream(tmp_path, photos):
     first = train(tmp_path / "first", *options)
     assert_same(train(tmp_path / "again", *options, "--num_workers", "2"), first)
     assert DFUPipeline.from_pretrained(tmp_path / "first").unet.config.num_class_embeds == 2
+    assert json.loads((tmp_path / "first" / "run.json").read_text())["data"]["class_names"] == ["cat", "dog"]
+    assert "Classes: 0 cat, 1 dog" in (tmp_path / "first" / "README.md").read_text()
     assert len(list(csv.DictReader(open(tmp_path / "first" / "validation.csv")))) == 2
 
 
@@ -292,6 +314,14 @@ def test_classes_of_folders(tmp_path, photos):
     with pytest.raises(SystemExit, match="num_class_embeds=2, but with --class_conditional False"):
         config = tmp_path / "run" / "unet" / "config.json"
         train(tmp_path / "plain", "--train_data_dir", photos, "--model_config", config)
+
+
+def test_a_stream_with_nothing_left_and_one_that_breaks(tmp_path, photos):
+    stream = ["--train_data_dir", photos, "--streaming"]
+    with pytest.raises(SystemExit, match="holds no image to train on: lower --num_validation_images"):
+        train(tmp_path / "run", *stream, "--num_validation_images", 12)
+    with pytest.raises(SystemExit, match="small"):
+        train(tmp_path / "run", *stream, "--resolutions", 17, "--num_validation_images", 0)
 
 
 def test_broken_images_are_named_and_left_out(tmp_path, photos, caplog):
@@ -334,6 +364,20 @@ def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(tmp_path):
     assert len(optimizer["state"]) == len(before) - len(frozen)
     assert "16x16" in {row["resolution"] for row in losses(tmp_path / "tuned")}
     assert pipe.unet.config.sample_size == 16
+    # Rows of the sheet: 8x8, 8x12, the 16x16 that was trained for, 24x24, 32x32.
+    assert Image.open(tmp_path / "tuned" / "samples.png").size[1] == 5 * 130
+
+
+def test_a_pipeline_to_fine_tune_brings_its_dropout_and_its_scalings(tmp_path):
+    train(tmp_path / "base", *dropout_config(tmp_path), "--augment_probability", 0.1, "--sigma_data", 0.7)
+    again = [*TINY[2:], "--init_from", tmp_path / "base", "--output_dir", tmp_path / "tuned"]
+    args = train_dfu.parse_args(list(map(str, [*again, "--augment_probability", 0.1])))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    prepared = train_dfu.Run(args)
+    assert prepared.unet.training and prepared.unet.config.dropout == 0.3
+    assert prepared.scheduler.config.sigma_data == 0.7
+    with pytest.raises(SystemExit, match="trained with sigma_data=0.7, not 0.4"):
+        run(*again, "--augment_probability", 0.1, "--sigma_data", 0.4)
 
 
 # --- Things that go wrong ---
@@ -422,12 +466,34 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         train(tmp_path, *resume, "--batch_size", "8")
     with pytest.raises(SystemExit, match="holds no average 'power-0.1'"):
         train(tmp_path, *resume, "--power_ema", "0.1")
+    with pytest.raises(SystemExit, match="made with --optimizer adam, not adamw"):
+        train(tmp_path, *resume, "--optimizer", "adamw")
     with pytest.raises(SystemExit, match="has done 4 steps"):
-        train(tmp_path, "--resume_from_checkpoint", "latest")
+        train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
     (tmp_path / "checkpoint-4" / "optimizer.bin").write_bytes(b"cut")
     with pytest.raises(SystemExit, match="optimizer.bin has 3 bytes instead of .* Resume from .*checkpoint-2"):
         train(tmp_path, *resume)
     train(tmp_path, "--max_train_steps", "6", "--resume_from_checkpoint", tmp_path / "checkpoint-2")
+
+
+def test_what_changed_since_the_checkpoint_is_said_and_done(tmp_path, photos, capsys):
+    train(tmp_path / "run", "--train_data_dir", photos)
+    next(photos.rglob("4.png")).unlink()
+    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", 5, "--lr_scheduler", "constant"]
+    train(tmp_path / "run", "--train_data_dir", photos, *resume, "--learning_rate", 1e-5)
+    printed = capsys.readouterr().out
+    assert "learning_rate 0.001 -> 1e-05" in printed and "the images: " in printed
+    rates = [float(row["learning_rate"]) for row in losses(tmp_path / "run")]
+    assert rates[-1] == 1e-5 and rates[0] == 1e-3
+
+
+def test_a_run_whose_end_failed_can_still_be_finished(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no room"):
+        patch.setattr(train_dfu, "sample_sheet", lambda *arguments: (_ for _ in ()).throw(OSError("no room")))
+        train(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    train(tmp_path, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "README.md").exists() and (tmp_path / "samples.png").exists() and len(losses(tmp_path)) == 4
 
 
 def test_an_earlier_run_is_not_overwritten(tmp_path):
@@ -458,6 +524,8 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         (["--train_data_dir", "b", "--cache_dir", "c", "--random_crop"], "give one of them"),
         (["--init_from", "somewhere"], "leave out --model_config"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--conf", "options.yaml"], "unrecognized arguments: --conf"),
+        (["--lr_scheduler", "piecewise_constant"], "invalid choice"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, options, message):
@@ -500,8 +568,9 @@ def test_models_this_script_cannot_train_are_refused(tmp_path, change):
 
 
 def test_small_images_and_empty_folders(tmp_path, photos):
-    with pytest.raises(SystemExit, match="small"):
-        train(tmp_path / "run", "--train_data_dir", photos, "--resolutions", "17")
+    for size in ("17", "10x28"):  # each side counts: all are 16 high and 20 to 31 wide
+        with pytest.raises(SystemExit, match="small"):
+            train(tmp_path / "run", "--train_data_dir", photos, "--resolutions", "16", size)
     train(tmp_path / "run", "--train_data_dir", photos, "--resolutions", "17", "--small_images", "upscale")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty"):
@@ -515,6 +584,7 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
     args = train_dfu.parse_args(["--config", str(path), "--batch_size", "8"])
     assert (args.batch_size, args.learning_rate, args.tf32, args.mixed_precision) == (8, 5e-4, True, "no")
     assert args.resolutions == [(32, 32), (48, 64)]
+    assert not train_dfu.parse_args(["--config", str(path), "--no-tf32"]).tf32
     for text, message in [
         ("batch_sise: 3", "no option 'batch_sise', perhaps 'batch_size'"),
         ("batch_size: -3", "-3 must be at least 1"),
@@ -531,8 +601,10 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
 def test_presets_describe_runs_that_could_start(preset, tmp_path, capsys):
     """--dry_run of each, on a few pictures in place of its data set."""
     options = yaml.safe_load(preset.read_text())
-    for name in ("dataset_name", "image_column", "init_from", "cache_dir"):  # what this machine may not have
+    for name in ("dataset_name", "image_column", "init_from"):  # what this machine may not have
         options.pop(name, None)
+    if "cache_dir" in options:
+        options["cache_dir"] = str(tmp_path / "cache")
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump(options))
     (tmp_path / "pictures").mkdir()
     for i in range(20):
@@ -541,7 +613,7 @@ def test_presets_describe_runs_that_could_start(preset, tmp_path, capsys):
     run("--config", tmp_path / "preset.yaml", *data, "--dry_run", "--output_dir", tmp_path / "run")
     printed = capsys.readouterr().out
     assert "GiB of activations" in printed and f"steps of {options['batch_size']} images" in printed
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

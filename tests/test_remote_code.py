@@ -1,0 +1,382 @@
+"""Loading what others published: with this package or without it, and never their code or pickles unasked."""
+
+import inspect
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from safetensors.torch import load_file, save_file
+
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from dfu_diffusers.hub import check_push, push_folder
+
+pytest_plugins = "hub_stand_in"
+
+CODE = {"pipeline_dfu.py", "unet/modeling_dfu.py", "scheduler/scheduling_edm_heun.py"}
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(height=13, width=18, num_inference_steps=2, output_type="np", generator=generator).images
+
+
+@pytest.fixture(scope="session")
+def pipe(make_model):
+    pipe = DFUPipeline(make_model(), EDMHeunScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def folder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def run(code: str, environment: dict) -> str:
+    """stderr of a fresh process."""
+    command = [sys.executable, "-c", "import sys\nimport numpy, torch\n" + inspect.getsource(draw) + code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- Push, clear the cache, load in a fresh process, same image ---
+
+
+def test_a_fresh_process_with_the_package(hub, folder, pipe, tmp_path):
+    push_folder(folder, check_push("me/plain"))
+    push_folder(folder, check_push("me/alone"), self_contained=True)
+    code = f"""
+import dfu_diffusers
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from diffusers import AutoModel, DiffusionPipeline
+assert "dfu_diffusers.hub" not in sys.modules
+pipes = [DFUPipeline.from_pretrained("me/plain"), DiffusionPipeline.from_pretrained("me/plain"),
+         DFUPipeline.from_pretrained("me/alone")]
+models = [AutoModel.from_pretrained("me/plain", subfolder="unet"),
+          DFUModel.from_pretrained("me/alone", subfolder="unet")]
+pipes += [DFUPipeline(model, EDMHeunScheduler()) for model in models]
+assert {{type(part) for pipe in pipes for part in (pipe, *pipe.components.values())}} == {{
+    DFUPipeline, DFUModel, EDMHeunScheduler}}
+assert "diffusers_modules" not in sys.modules
+# With the flag and diffusers' own loader it is the repository's code that runs, package or not.
+pipes.append(DiffusionPipeline.from_pretrained("me/alone", trust_remote_code=True))
+assert type(pipes[-1].unet).__module__.startswith("diffusers_modules.")
+numpy.save({str(tmp_path / "images.npy")!r}, [draw(pipe) for pipe in pipes])
+"""
+    run(code, hub.environment(tmp_path / "home"))
+    images = np.load(tmp_path / "images.npy")
+    assert len(images) == 6 and all(np.array_equal(image, draw(pipe)) for image in images)
+
+
+def test_a_fresh_process_without_the_package_and_a_round_trip(hub, folder, pipe, tmp_path):
+    push_folder(folder, check_push("me/alone"), self_contained=True)
+    without = 'sys.modules["dfu_diffusers"] = None\nfrom diffusers import AutoModel, DiffusionPipeline\n'
+    first = f"""
+pipe = DiffusionPipeline.from_pretrained("me/alone", trust_remote_code=True)
+again = DiffusionPipeline.from_pretrained("me/alone", trust_remote_code=True)
+again.unet = AutoModel.from_pretrained("me/alone", subfolder="unet", trust_remote_code=True)
+numpy.save({str(tmp_path / "first.npy")!r}, [draw(pipe), draw(again)])
+pipe.save_pretrained({str(tmp_path / "saved")!r})
+"""
+    second = f"""
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+model = AutoModel.from_pretrained({str(tmp_path / "saved")!r}, subfolder="unet", trust_remote_code=True)
+assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), model.parameters()))
+numpy.save({str(tmp_path / "second.npy")!r}, [draw(pipe)])
+"""
+    warnings = run(without + first, hub.environment(tmp_path / "home"))
+    assert "not found in your environment" not in warnings and "not expected" not in warnings
+    run(without + second, hub.environment(tmp_path / "another_home"))
+    for image in [*np.load(tmp_path / "first.npy"), *np.load(tmp_path / "second.npy")]:
+        assert np.array_equal(image, draw(pipe))
+
+    # What it saved is whole: the package loads it, too, and it can be pushed.
+    saved = tmp_path / "saved"
+    assert files_of(saved).keys() == files_of(folder).keys() | CODE
+    assert np.array_equal(draw(DFUPipeline.from_pretrained(saved)), draw(pipe))
+    push_folder(saved, "me/alone")
+    pushed = hub.repos["me/alone"].files
+    assert pushed.keys() >= CODE and not any(str(tmp_path).encode() in content for content in pushed.values())
+
+
+# --- What is saved ---
+
+
+def test_saving_with_the_code(pipe, folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "alone", self_contained=True)
+    plain, alone = files_of(folder), files_of(tmp_path / "alone")
+    assert alone.keys() == plain.keys() | CODE
+    assert {name for name in plain if plain[name] != alone[name]} == {"model_index.json"}
+    index = json.loads(alone["model_index.json"])
+    assert index["_class_name"] == ["pipeline_dfu", "DFUPipeline"]
+    assert index["unet"] == ["modeling_dfu", "DFUModel"]
+    assert index["scheduler"] == ["scheduling_edm_heun", "EDMHeunScheduler"]
+    assert index["auto_map"] == {"AutoModel": "modeling_dfu.DFUModel"}
+    package = Path(sys.modules["dfu_diffusers"].__file__).parent
+    assert all(alone[name].decode() == (package / Path(name).name).read_text() for name in CODE)
+
+    pipe.save_pretrained(tmp_path / "later")  # the option holds for one call
+    assert files_of(tmp_path / "later") == plain
+
+
+def test_parts_of_diffusers_need_no_code(pipe, tmp_path):
+    stock = DFUPipeline(pipe.unet, diffusers.EDMEulerScheduler())
+    stock.save_pretrained(tmp_path, self_contained=True)
+    assert files_of(tmp_path).keys() & CODE == {"pipeline_dfu.py", "unet/modeling_dfu.py"}
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "EDMEulerScheduler"]
+    assert type(DFUPipeline.from_pretrained(tmp_path).scheduler) is diffusers.EDMEulerScheduler
+
+
+@pytest.mark.parametrize("name", sorted(CODE))
+def test_diffusers_sees_no_dependency_in_files_that_travel(name):
+    """It reads imports from the text, docstrings included, and wants each of them installed or in the repository."""
+    text = (Path(sys.modules["dfu_diffusers"].__file__).parent / Path(name).name).read_text()
+    found = re.findall(r"^\s*(?:from|import)\s+(\.*\w*)", text, flags=re.MULTILINE)
+    assert set(found) <= {"torch", "diffusers"} | sys.stdlib_module_names
+
+
+# --- Nothing runs unasked ---
+
+LOADERS = {
+    "DFUPipeline": lambda place, **kwargs: DFUPipeline.from_pretrained(place, **kwargs),
+    "DiffusionPipeline": lambda place, **kwargs: DiffusionPipeline.from_pretrained(place, **kwargs),
+    "DFUModel": lambda place, **kwargs: DFUModel.from_pretrained(place, subfolder="unet", **kwargs),
+    "AutoModel": lambda place, **kwargs: AutoModel.from_pretrained(place, subfolder="unet", **kwargs),
+}
+GUARDED = pytest.mark.skipif(
+    diffusers.__version__ in ("0.40.0", "0.41.0", "0.42.0"),
+    reason="until 0.42.1 diffusers imports whatever installed module a folder names",
+)
+
+
+class Trap:
+    """Code, or a pickle, that would leave a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+        self.code = f"open({str(mark)!r}, 'w')\n".encode()
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+@pytest.fixture
+def trap(tmp_path):
+    trap = Trap(tmp_path / "mark")
+    yield trap
+    assert not trap.mark.exists()
+
+
+@pytest.fixture(params=["folder", "hub"])
+def publish(request, hub, tmp_path, monkeypatch):
+    """Function that puts a folder where it will be loaded from: leaves it, or lets the Hub hold all of its files."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def publish(folder: Path) -> str:
+        if request.param == "folder":
+            return str(folder)
+        hub.add_repo("me/evil", **files_of(folder))
+        return "me/evil"
+
+    return publish
+
+
+def change(folder: Path, name: str, **values) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_the_trap_works(tmp_path):
+    """Lest the tests below pass for the wrong reason."""
+    trap = Trap(tmp_path / "mark")
+    pickle.loads(pickle.dumps(trap)).close()
+    assert trap.mark.exists()
+    trap.mark.unlink()
+    exec(trap.code)
+    assert trap.mark.exists()
+
+
+def test_a_trusted_module_does_run(pipe, tmp_path, publish):
+    trap = Trap(tmp_path / "mark")
+    pipe.save_pretrained(tmp_path / "alone", self_contained=True)
+    with open(tmp_path / "alone/pipeline_dfu.py", "ab") as file:
+        file.write(trap.code)
+    DiffusionPipeline.from_pretrained(publish(tmp_path / "alone"), trust_remote_code=True)
+    assert trap.mark.exists()
+
+
+@pytest.mark.parametrize("loader", ["DiffusionPipeline", "AutoModel"])
+def test_self_contained_repositories_ask_for_trust(pipe, tmp_path, publish, trap, loader):
+    """And say how to give it. Our own classes need none, for they do not run that code."""
+    pipe.save_pretrained(tmp_path / "alone", self_contained=True)
+    for name in CODE:
+        (tmp_path / "alone" / name).write_bytes(trap.code)
+    place = publish(tmp_path / "alone")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        LOADERS[loader](place)
+    loaded = DFUPipeline.from_pretrained(place)
+    assert (type(loaded), type(loaded.unet)) == (DFUPipeline, DFUModel)
+    assert type(DFUPipeline.from_pretrained(place, trust_remote_code=True)) is DFUPipeline
+    assert type(DFUModel.from_pretrained(place, subfolder="unet")) is DFUModel
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.pkl"])
+def test_pickled_weights(folder, publish, trap, name, loader, monkeypatch):
+    (folder / WEIGHTS).unlink()
+    (folder / "unet" / name).write_bytes(pickle.dumps({"conv_in.weight": trap}))
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("a pickle was opened"))
+    with pytest.raises((OSError, ValueError, RuntimeError)):
+        LOADERS[loader](publish(folder))
+
+
+def test_pickles_cannot_be_asked_for(folder):
+    with pytest.raises(ValueError, match="safetensors only"):
+        DFUModel.from_pretrained(folder, subfolder="unet", use_safetensors=False)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_pickles_and_modules_that_nothing_names(folder, publish, trap, loader):
+    names = ["pytorch_model.bin", "unet/diffusion_pytorch_model.bin", "unet/x.pkl", "scheduler/scheduler.pkl"]
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(trap))
+    for name in ("pipeline.py", "__init__.py", "unet/__init__.py", "unet/modeling_dfu.py", "scheduler/x.py"):
+        (folder / name).write_bytes(trap.code)
+    LOADERS[loader](publish(folder))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_module_in_the_package_s_name(folder, publish, trap, loader):
+    for name in ("dfu_diffusers.py", "unet/dfu_diffusers.py", "scheduler/dfu_diffusers.py"):
+        (folder / name).write_bytes(trap.code)
+    if "Model" in loader:
+        LOADERS[loader](publish(folder))
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            LOADERS[loader](publish(folder))
+
+
+@pytest.mark.parametrize("loader", ["DFUPipeline", "DiffusionPipeline"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_class_name": ["evil", "DFUPipeline"]},
+        {"unet": ["evil", "DFUModel"]},
+        {"scheduler": ["evil", "EDMHeunScheduler"]},
+        {"unet": ["modeling_dfu", "Evil"]},
+        {"unet": ["../evil", "DFUModel"]},
+        {"unet": ["{outside}", "DFUModel"]},
+        {"_class_name": ["../evil", "DFUPipeline"]},
+        {"_class_name": ["{outside}", "DFUPipeline"]},
+    ],
+    ids=str,
+)
+def test_modules_that_the_index_names(folder, publish, trap, changes, loader):
+    outside = folder.parent / "evil.py"
+    for path in (outside, folder / "evil.py", folder / "unet/evil.py", folder / "scheduler/evil.py"):
+        path.write_bytes(trap.code)
+    (folder / "unet/modeling_dfu.py").write_bytes(trap.code)
+    changes = json.loads(json.dumps(changes).replace("{outside}", str(outside.with_suffix(""))))
+    change(folder, "model_index.json", **changes)
+    with pytest.raises((OSError, ValueError, TypeError, AttributeError)):
+        LOADERS[loader](publish(folder))
+
+
+@GUARDED
+@pytest.mark.parametrize("loader", ["DFUPipeline", "DiffusionPipeline"])
+def test_an_importable_module_that_the_index_names(folder, publish, trap, loader, monkeypatch):
+    (folder.parent / "installed").mkdir()
+    (folder.parent / "installed/evil_twin.py").write_bytes(trap.code)
+    monkeypatch.syspath_prepend(folder.parent / "installed")
+    change(folder, "model_index.json", unet=["evil_twin", "DFUModel"])
+    with pytest.raises(ValueError, match="evil_twin"):
+        LOADERS[loader](publish(folder))
+
+
+@pytest.mark.parametrize("where", ["model_index.json", "unet/config.json"])
+def test_an_auto_map(folder, publish, trap, where):
+    (folder / "unet/evil.py").write_bytes(trap.code)
+    change(folder, where, auto_map={"AutoModel": "evil.DFUModel"})
+    place = publish(folder)
+    assert type(DFUModel.from_pretrained(place, subfolder="unet")) is DFUModel
+    if where == "model_index.json":
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            AutoModel.from_pretrained(place, subfolder="unet")
+    else:  # diffusers asks the index first, where there is one
+        assert type(AutoModel.from_pretrained(place, subfolder="unet")) is DFUModel
+
+
+@pytest.mark.parametrize("name", ["../outside", "{absolute}"])
+def test_components_outside_of_the_folder(folder, publish, trap, name):
+    outside = folder.parent / "outside"
+    shutil.copytree(folder / "unet", outside)
+    (outside / "modeling_dfu.py").write_bytes(trap.code)
+    change(folder, "model_index.json", **{name.format(absolute=outside): ["modeling_dfu", "DFUModel"]})
+    try:
+        loaded = DiffusionPipeline.from_pretrained(publish(folder))
+    except (OSError, ValueError):
+        return
+    assert set(loaded.components) == {"unet", "scheduler"}
+
+
+def test_paths_that_leave_the_cache(hub, folder, tmp_path):
+    """No git repository holds them, but who answers need not be one."""
+    evil = {
+        f"unet/{6 * '../'}escaped.json": b"{}",
+        "../../../escaped.json": b"{}",
+        "unet/../../../../../x.json": b"{}",
+    }
+    hub.add_repo("me/evil", **files_of(folder), **evil)
+    before = set(tmp_path.parent.glob("**/*.json"))
+    try:
+        DFUPipeline.from_pretrained("me/evil", cache_dir=tmp_path / "a/b/c/cache")
+    except (OSError, ValueError):
+        pass
+    written = set(tmp_path.parent.glob("**/*.json")) - before
+    assert all((tmp_path / "a/b/c/cache") in path.parents for path in written)
+
+
+def test_shards_that_are_pickles_elsewhere(folder, publish, trap):
+    (folder / WEIGHTS).unlink()
+    (folder.parent / "evil.bin").write_bytes(pickle.dumps(trap))
+    weight_map = {"conv_in.weight": "../../evil.bin"}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 4}, "weight_map": weight_map})
+    )
+    with pytest.raises((OSError, ValueError, RuntimeError)):
+        DFUPipeline.from_pretrained(publish(folder))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_weights_of_other_shapes(folder, publish, loader):
+    weights = load_file(folder / WEIGHTS)
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name][:1].repeat(3, *[1] * (weights[name].ndim - 1))}, folder / WEIGHTS)
+    with pytest.raises((ValueError, RuntimeError), match="shape"):
+        LOADERS[loader](publish(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, "half"])
+def test_broken_weights(folder, publish, content):
+    content = (folder / WEIGHTS).read_bytes()[:1000] if content == "half" else content
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises((OSError, ValueError, RuntimeError)):
+        DFUPipeline.from_pretrained(publish(folder))
