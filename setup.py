@@ -33,12 +33,13 @@ extras = {
 # scikit-image and scikit-learn bring the sample photographs that some tests train on.
 extras["test"] = [
     "hypothesis",
+    "nbformat",
     "pytest>=8.0",
     "pytest-xdist",
     "scikit-image",
     "scikit-learn",
-    "scipy",
     "selenium",
+    *extras["eval"],
     *extras["train"],
     *extras["lora"],
     *extras["onnx"],

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """What does the training script cost beside the step that it runs? And does loading keep up with the model?
 
-python benchmarks/bench_train.py [--sizes 32 64 96] [--batch_size 8] [--steps 12] [--turns 3] [--output train.csv]
+python benchmarks/bench_train.py [--sizes 32 64 96] [--batch_size 32] [--steps 12] [--output train.csv]
 
-For each size, in turns: images per second of examples/train_dfu.py's own loop (data, noise, averages, logs and all),
-those of a bare step (forward, backward, Adam, on the same images again and again), and those of the loader alone.
-Options unknown here go to train_dfu.py. Prints a Markdown table; --output writes the rows as CSV. Rates are medians
-over the turns, ratios medians of the ratio within one turn.
+For each size: images per second of examples/train_dfu.py's own step (data, noise, averages, logs and all) and of a
+bare one (forward, backward, Adam, on the same images again and again), which take turns, and of the loader alone.
+Options unknown here go to train_dfu.py. Prints a Markdown table; --output writes the rows as CSV. Rates are medians,
+the ratio the median over pairs of steps.
 """
 
 import argparse
@@ -34,28 +34,30 @@ def prepare(size: int, batch_size: int, steps: int, folder: str, options: list[s
     return train_dfu.Run(train_dfu.parse_args(list(map(str, argv))))
 
 
-def script_rate(run: train_dfu.Run) -> float:
-    """Images per second of the script's loop from its third step on, by its own log, without its end."""
-    run._report = run._finish = run._save = lambda *arguments: None
-    with contextlib.redirect_stdout(io.StringIO()):
-        run.train()
-    rows = run.log.rows[2:]
-    return (len(rows) - 1) * run.args.batch_size / (rows[-1]["seconds"] - rows[0]["seconds"])
-
-
-def bare_rate(run: train_dfu.Run, size: int) -> float:
-    """Images per second of a model's step alone, under the same precision and optimizer."""
+def step_seconds(run: train_dfu.Run, size: int) -> list[tuple[float, float]]:
+    """Seconds of a bare step and of the script's own, in turns, the first two pairs left out."""
     images = torch.randn(run.args.batch_size, 3, size, size, device=run.accelerator.device)
     # A target like the real one: from zeros, gradients would soon be so small that the processor slows down.
-    target, timesteps, times = torch.randn_like(images), torch.zeros(len(images), device=images.device), []
-    for _ in range(run.args.max_train_steps):
+    target, timesteps = torch.randn_like(images), torch.zeros(len(images), device=images.device)
+
+    def bare(_):
         run.accelerator.backward((run.model(images, timesteps).sample - target).square().mean())
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+
+    def script(done):
+        run.step(done, stop)
+
+    def seconds(function, done):
+        started = time.perf_counter()
+        function(done)
         if images.device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter())
-    return (len(times) - 3) * len(images) / (times[-1] - times[2])
+        return time.perf_counter() - started
+
+    with contextlib.redirect_stdout(io.StringIO()), train_dfu.StopSignal() as stop:
+        run.begin()
+        return [(seconds(bare, n), seconds(script, n)) for n in range(1, run.args.max_train_steps + 1)][2:]
 
 
 def loader_rate(run: train_dfu.Run) -> float:
@@ -69,9 +71,8 @@ def loader_rate(run: train_dfu.Run) -> float:
 def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 96])
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12, help="of each turn; the first three do not count")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=32, help="the default of train_dfu.py")
+    parser.add_argument("--steps", type=int, default=12, help="pairs of steps; the first two do not count")
     parser.add_argument("--output", help="CSV file")
     args, options = parser.parse_known_args(argv)  # the others go to train_dfu.py
 
@@ -79,15 +80,14 @@ def main(argv=None) -> list[dict]:
     print("| size | script, images/s | bare step, images/s | script / bare | loader, images/s | loader / bare |")
     print("|---|---|---|---|---|---|")
     for size in args.sizes:
-        turns = []
-        for _ in range(args.turns):
-            with tempfile.TemporaryDirectory() as folder:
-                run = prepare(size, args.batch_size, args.steps, folder, options)
-                rates = {"loader": loader_rate(run), "bare": bare_rate(run, size)}
-                rates["script"] = script_rate(prepare(size, args.batch_size, args.steps, folder, options))
-            rates |= {"script_over_bare": rates["script"] / rates["bare"]}
-            turns.append(rates | {"loader_over_bare": rates["loader"] / rates["bare"]})
-        row = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+        with tempfile.TemporaryDirectory() as folder:
+            run = prepare(size, args.batch_size, args.steps, folder, options)
+            pairs = step_seconds(run, size)
+            loader = loader_rate(prepare(size, args.batch_size, args.steps, folder, options))
+        bare, script = (args.batch_size / statistics.median(column) for column in zip(*pairs))
+        ratio = statistics.median(bare / script for bare, script in pairs)
+        row = {"script": script, "bare": bare, "script_over_bare": ratio, "loader": loader}
+        row |= {"loader_over_bare": loader / bare}
         print(
             f"| {size} | {row['script']:.1f} | {row['bare']:.1f} | {row['script_over_bare']:.3f} | "
             f"{row['loader']:.0f} | {row['loader_over_bare']:.0f} |",

@@ -32,14 +32,22 @@ POOR_FIT = 0.1  # relative error of a reconstructed profile from which a warning
 class _Average(EMAModel):
     """What the averages here share: `get_decay(n)`, the decay of step n = 1, 2, ..., is all that tells them apart.
 
-    The first step copies the weights, so that the initial ones leave no trace. Parameters without gradient are copied
-    in every step. Averages of half-precision parameters are kept in float32: a decay of 0.9999 would be lost in less.
+    The first step copies the weights, so that the initial ones leave no trace. Averages of half-precision parameters
+    are kept in float32: a decay of 0.9999 would be lost in less.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
-        super().__init__(parameters, foreach=True)
+        super().__init__(parameters)
         half = (torch.float16, torch.bfloat16)
         self.shadow_params = [shadow.float() if shadow.dtype in half else shadow for shadow in self.shadow_params]
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average the parameters in, in one pass; EMAModel's own step takes three, and a copy of the model."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        parameters = [p.to(shadow.dtype) for p, shadow in zip(parameters, self.shadow_params)]
+        torch._foreach_lerp_(self.shadow_params, parameters, 1 - self.cur_decay_value)
 
     def state_dict(self) -> dict:
         """Steps done and averages; no settings, which belong to a run."""

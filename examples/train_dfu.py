@@ -505,16 +505,10 @@ class Run:
 
     def train(self) -> None:
         args, end = self.args, self.args.max_train_steps
-        self._begin()
-        batches = iter(self.loader)
-        step_once = TrainingStep(
-            self.accelerator, self.model, self.optimizer, self.loss, self.sampler, batches, args.max_grad_norm
-        )
-        with StopSignal() as stop, self._progress_bar() as progress:
+        self.begin()
+        with StopSignal() as stop, self.progress:
             for done in range(self.start + 1, end + 1):
-                loss, grad_norm, stopping = step_once(done - 1, value=float(stop.name is not None))
-                self.lr_scheduler.step()
-                self._follow(progress, done, loss, grad_norm)
+                stopping = self.step(done, stop)
                 if done == end or done % args.checkpointing_steps == 0 or stopping:
                     save_checkpoint(self.accelerator, self.output, done, self._save, args.checkpoints_total_limit)
                 if stopping and done < end:
@@ -561,9 +555,13 @@ class Run:
             if self.args.optimizer == "adamw":
                 group["weight_decay"] = self.args.weight_decay
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Everything that leaves a trace waits until the run is known to be possible."""
-        self.nonfinite, self.recent = 0, {}
+        self.nonfinite, self.recent, self.progress = 0, {}, self._progress_bar()
+        batches, max_grad_norm = iter(self.loader), self.args.max_grad_norm
+        self.training_step = TrainingStep(
+            self.accelerator, self.model, self.optimizer, self.loss, self.sampler, batches, max_grad_norm
+        )
         self.accelerator.print(summary(self.unet))
         self.accelerator.print(f"Data: {self.data}.")
         if not self.main:
@@ -606,8 +604,11 @@ class Run:
         total, seen = self.args.max_train_steps * batch_size, self.start * batch_size
         return tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=not main)
 
-    def _follow(self, progress: tqdm, done: int, loss: float, grad_norm: float) -> None:
-        """What comes after each step: averages of weights and losses, logs, and a count of losses not finite."""
+    def step(self, done: int, stop: StopSignal) -> bool:
+        """Step `done` and what belongs to each: averages of weights and losses, logs, a count of losses not finite.
+        Returns whether a process was asked to stop."""
+        loss, grad_norm, stopping = self.training_step(done - 1, value=float(stop.name is not None))
+        self.lr_scheduler.step()
         name = format_resolution(self.sampler.resolution(done - 1))
         # The gradient scaler of fp16 finds its scale by halving one that overflows, from 2^16 on.
         patience = self.args.max_nonfinite_steps + (24 if self.args.mixed_precision == "fp16" else 0)
@@ -618,9 +619,9 @@ class Run:
         else:
             self.nonfinite += 1
             if self.main:
-                progress.write(f"Step {done} at {name} skipped: loss {loss}, norm of the gradient {grad_norm}.")
-        progress.set_postfix({name: f"{self.recent[name]:.3f}" for name in sorted(self.recent)}, refresh=False)
-        progress.update(self.args.batch_size)
+                self.progress.write(f"Step {done} at {name} skipped: loss {loss}, norm of the gradient {grad_norm}.")
+        self.progress.set_postfix({name: f"{self.recent[name]:.3f}" for name in sorted(self.recent)}, refresh=False)
+        self.progress.update(self.args.batch_size)
         if self.main:
             self._log(done, name, loss, grad_norm)
         if self.nonfinite == patience:
@@ -628,6 +629,7 @@ class Run:
                 f"Stopped after {self.nonfinite} steps in a row without a finite loss: the learning rate "
                 f"{self.args.learning_rate} may be too high. {self.output} holds the checkpoints before."
             )
+        return stopping > 0
 
     def _log(self, done: int, name: str, loss: float, grad_norm: float) -> None:
         rate, seconds = self.lr_scheduler.get_last_lr()[0], round(time.time() - self.started, 2)

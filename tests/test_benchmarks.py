@@ -4,9 +4,10 @@ import csv
 
 import torch
 
-from benchmarks import bench_dual_conv, heldout_loss
+from benchmarks import bench_dual_conv, bench_train, heldout_loss
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.modeling_dfu import SpectralConv2d
+from examples import train_dfu
 
 
 def test_the_rfft2_layer_is_the_same_function():
@@ -35,3 +36,10 @@ def test_the_heldout_loss_of_an_untrained_model_is_about_one(tmp_path, capsys):
     loss, error = heldout_loss.heldout_loss(pipe, (8, 8), 256)
     assert abs(loss - 0.85) < 0.15 and 0 < error < 0.1  # portraits vary less than sigma_data, so a bit below one
     assert heldout_loss.heldout_loss(pipe, (8, 8), 256) == (loss, error)
+
+
+def test_the_training_benchmark_runs_the_script_s_own_step(tmp_path, capsys):
+    options = ["--model_config", str(train_dfu.CONFIGS / "tiny.json"), "--batch_size", "2", "--steps", "4"]
+    (row,) = bench_train.main(["--sizes", "8", *options, "--output", str(tmp_path / "train.csv")])
+    assert 0.05 < row["script_over_bare"] < 1.5 and row["loader"] > 0
+    assert "| 8 |" in capsys.readouterr().out and (tmp_path / "train.csv").read_text().count("\n") == 2

@@ -1,0 +1,334 @@
+"""docs/ and the notebook are true: their Python runs, on tiny data, and their command lines are ones that exist."""
+
+import argparse
+import ast
+import contextlib
+import importlib
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers.utils import dynamic_modules_utils
+from PIL import Image
+
+from dfu_diffusers import DFUModel, EDMHeunScheduler
+
+pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState  # noqa: E402
+
+from examples import train_dfu  # noqa: E402
+
+pytest_plugins = "hub_stand_in"
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "reference.md")
+NOTEBOOK = ROOT / "examples" / "train_and_generate.ipynb"
+NOT_RUN = 0  # blocks under <!-- not run: reason -->, on all pages together
+OPTIONAL = {"peft", "torchmetrics"}  # a page ends at the first block that imports one that is not installed
+TINY = [
+    "--model_config", str(train_dfu.CONFIGS / "tiny.json"), "--batch_size", "4", "--max_train_steps", "2",
+    "--report_to", "none", "--num_validation_images", "4", "--lr_warmup_images", "4",
+]  # fmt: skip
+# Figures of the pages that a reader's machine can afford, and a test cannot.
+SMALLER = {
+    "fine_tune.md": [("num_steps=200", "num_steps=2")],
+    "speed_and_memory.md": [
+        ("[(32, 4), (64, 4), (128, 1)]", "[(8, 1)]"),
+        ("[(32, 8), (64, 8)]", "[(8, 1)]"),
+        ("step(full, 64, 32,", "step(full, 8, 1,"),
+    ],
+}
+
+
+def blocks(page: Path) -> list[tuple[str, str, str | None]]:
+    """(language, text, reason not to run it or None) of each fenced block."""
+    found = re.findall(r"(?:<!-- not run: (.+?) -->\n+)?^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [(language, text, reason or None) for reason, language, text in found]
+
+
+def train(*options: str) -> None:
+    """The training script in this process, as if it had just started."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_dfu.main(list(options))
+
+
+# --- What a reader has at hand ---
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twelve pictures, in a folder for each of two classes."""
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(12):
+        path = folder / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        small = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((80, 70), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """What the training script leaves of a run on them."""
+    folder = tmp_path_factory.mktemp("trained")
+    train("--train_data_dir", str(photos), "--output_dir", str(folder), *TINY, "--resolutions", "8", "12")
+    return folder
+
+
+@pytest.fixture
+def place(photos, trained, tmp_path, monkeypatch):
+    """A working folder as the pages take it for granted."""
+    for name in ("checkpoints", "examples", "benchmarks", "docs", "model_card.md", "setup.py", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("photos", "other_photos"):
+        (tmp_path / name).symlink_to(photos)
+    shutil.copytree(trained, tmp_path / "outputs" / "photos")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return tmp_path
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """Samplers make haste: that a block runs shows after two steps."""
+    set_timesteps = EDMHeunScheduler.set_timesteps
+
+    def few(scheduler, num_inference_steps=None, *args, **kwargs):
+        set_timesteps(scheduler, min(num_inference_steps, 2) if num_inference_steps else None, *args, **kwargs)
+
+    return lambda: monkeypatch.setattr(EDMHeunScheduler, "set_timesteps", few)
+
+
+# --- Pages ---
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page(page, place, hub, two_steps, monkeypatch):
+    """All blocks in order, in one namespace, as a reader would run them."""
+    monkeypatch.setattr(DFUModel, "compile_repeated_blocks", lambda model: None)  # a minute; its own tests run it
+    if page.name != "concepts.md":  # which counts the steps
+        two_steps()
+    namespace, shrunk = {}, SMALLER.get(page.name, [])
+    for language, text, reason in blocks(page):
+        if language != "python" or reason:
+            continue
+        for name in OPTIONAL & imported(text):
+            pytest.importorskip(name)
+        for long, short in shrunk:
+            text = text.replace(long, short)
+        exec(compile(text, page.name, "exec"), namespace)
+    assert all(long in page.read_text() for long, _ in shrunk)
+
+
+def imported(text: str) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [[node.module] if isinstance(node, ast.ImportFrom) else [n.name for n in node.names] for node in nodes]
+    return {name.split(".")[0] for group in names for name in group}
+
+
+def test_languages_and_exceptions():
+    all_blocks = [block for page in PAGES for block in blocks(page)]
+    assert {language for language, _, _ in all_blocks} == {"python", "bash"}
+    assert len([reason for _, _, reason in all_blocks if reason]) == NOT_RUN
+    fences = sum(page.read_text().count("\n```") for page in PAGES)
+    assert fences == 2 * len(all_blocks)  # none escaped the pattern
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "reference.md"], ids=lambda page: page.name)
+def test_links_and_paths(page):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text)
+    assert [link for link, _ in links if link and not (page.parent / link).exists()] == []
+    headings = {
+        re.sub(r"[^\w\- ]", "", title).replace(" ", "-").lower() for title in re.findall(r"^#+ (.*)", text, re.M)
+    }
+    assert [anchor for link, anchor in links if anchor and not link and anchor[1:] not in headings] == []
+    paths = re.findall(r"(?<![\w/])(?:examples|benchmarks|checkpoints|tests|docs)/[\w./-]+\.\w+", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    if page.name != "reference.md":  # whose lines are the docstrings'
+        assert max(map(len, text.splitlines())) <= 130
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    names = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert names == set(re.findall(r"\]\((\w+\.md)\)", index))
+
+
+def test_figures_of_the_pages_stand_where_they_were_measured():
+    """Tables that repeat a source do so digit by digit."""
+    readme, card = ((ROOT / path).read_text() for path in ("README.md", "checkpoints/dfu-portraits/README.md"))
+    agreement = re.findall(r"^\| \d+ \| [\d.]+x \|.*\|$", (ROOT / "docs" / "zero_shot.md").read_text(), re.M)
+    assert len(agreement) == 5 and all(row in readme for row in agreement)
+    losses = dict(re.findall(r"^\| (\d+(?:x\d+)?) \| (?:yes|no) \| .* \| ([\d.]+) \|$", card, re.M))
+    sentence = (ROOT / "docs" / "zero_shot.md").read_text().split("lose little.")[1].split("never trained")[0]
+    told = re.findall(r"(0\.\d{3})\s+at\s+(\d+(?:x\d+)?)", sentence)
+    assert len(told) == 7 and all(losses[size] == loss for loss, size in told)
+    costs = re.findall(
+        r"^\| (\d+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "speed_and_memory.md").read_text(), re.M
+    )
+    results = (ROOT / "benchmarks" / "results" / "dual_conv_cpu.csv").read_text().splitlines()[1:]
+    rows = [line.split(",") for line in results]
+    assert costs == [(r[0], r[1], f"{float(r[4]):.2f}", f"{float(r[7]):.1f}") for r in rows]
+
+
+# --- Command lines ---
+
+
+class Parsed(Exception):
+    """A parser has accepted a command line: far enough."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Function that hands a script's main its options, and stops once they are accepted."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args, **kwargs):
+        parse_args(parser, *args, **kwargs)
+        raise Parsed
+
+    def parse(main, options: list[str]) -> None:
+        with monkeypatch.context() as patch, contextlib.suppress(Parsed):
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            main(options)
+            pytest.fail("it parsed no options")
+
+    return parse
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [
+        line
+        for language, text, _ in blocks(page)
+        if language == "bash"
+        for line in text.replace("\\\n", " ").splitlines()
+    ]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_command_lines(page, place, parse):
+    for words in commands(page):
+        while re.fullmatch(r"[A-Z_]+=\w+", words[0]):  # the environment
+            words = words[1:]
+        if words[:2] in (["hf", "auth"], ["git", "clone"]):
+            continue
+        if words[:2] == ["pip", "install"]:
+            extras = set(re.findall(r'"(\w+)"\]? ?[:=]', (ROOT / "setup.py").read_text()))
+            assert all(name in extras for word in words for name in re.findall(r"\[(\w+)\]", word)), words
+        elif words[:3] == ["python", "-m", "dfu_diffusers.hub"]:
+            parse(importlib.import_module("dfu_diffusers.hub").main, words[3:])
+        else:
+            check_script(words, parse)
+
+
+def check_script(words: list[str], parse) -> None:
+    """`accelerate launch`, `torchrun` or `python`, options of these, a script, and its options."""
+    start = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    launcher, script, options = words[:start], words[start], words[start + 1 :]
+    assert (ROOT / script).is_file(), words
+    assert launcher[0] in ("accelerate", "torchrun", "python"), words
+    assert all((ROOT / word).is_file() for word in launcher if word.endswith(".yaml")), words
+    if script == "examples/train_dfu.py":
+        check_training(options)
+    elif script == "examples/space/app.py":  # gradio takes seconds to import
+        source = (ROOT / script).read_text()
+        assert all(f'"{word}"' in source for word in options if word.startswith("--")), words
+    else:
+        parse(importlib.import_module(script.removesuffix(".py").replace("/", ".")).main, options)
+
+
+def check_training(options: list[str]) -> None:
+    """The script's own checks; and where there is something to train on, all that --dry_run looks at."""
+    args = train_dfu.parse_args(options)
+    there = all(
+        value is None or Path(value).exists() for value in (args.train_data_dir, args.dataset_name, args.init_from)
+    )
+    if there:
+        if not args.resume_from_checkpoint:  # the fixture's run lies where that of the reader will
+            options = [*options, "--output_dir", "outputs/new"]
+        train(*options, "--dry_run", "--report_to", "none", "--num_workers", "0")
+
+
+# --- The reference ---
+
+
+def test_the_reference_is_up_to_date():
+    make_reference = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
+    page = (ROOT / "docs" / "reference.md").read_text()
+    assert page == make_reference["reference"](), "run `python docs/make_reference.py`"
+    for name in (
+        "### DFUModel",
+        "### DFUPipeline",
+        "#### DFUPipeline.__call__",
+        "### EDMHeunScheduler",
+        "### push_folder",
+    ):
+        assert f"\n{name}\n" in page
+    assert "max_batch_size: int | None = None,\n) -> ImagePipelineOutput | tuple" in page
+
+
+def test_the_reference_can_be_checked(tmp_path, monkeypatch):
+    main = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "TARGET", tmp_path / "reference.md")
+    with pytest.raises(SystemExit, match="not up to date"):
+        main(["--check"])
+    main([])
+    main(["--check"])
+
+
+# --- The notebook ---
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return json.loads(NOTEBOOK.read_text())
+
+
+def test_format_of_the_notebook(notebook):
+    assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["language"]) == (4, "python")
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] in ("markdown", "code") and isinstance(cell["source"], list)
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+    text = "".join(line for cell in notebook["cells"] for line in cell["source"])
+    assert notebook["cells"][0]["source"][0].startswith("# ") and "--train_data_dir" in text
+
+
+def test_nbformat_accepts_the_notebook(notebook):
+    nbformat = pytest.importorskip("nbformat")
+    nbformat.validate(nbformat.from_dict(notebook))
+
+
+@pytest.mark.parametrize("own_photos", [False, True], ids=["portraits", "photos"])
+def test_the_notebook_runs(notebook, place, photos, two_steps, monkeypatch, own_photos):
+    """Cells in order, with tiny settings. Lines for the shell are left out, but for the training, which runs here."""
+    two_steps()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    namespace = {"display": lambda image: image.load()}
+    tiny = dict(
+        STEPS=2, BATCH_SIZE=4, SIZES="8 12", MODEL=str(train_dfu.CONFIGS / "tiny.json"), SHOWN=[(8, 8), (9, 14)]
+    )
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        source = "".join(cell["source"])
+        python = re.sub(r"^[!%](?:.*\\\n)*.*$", "", source, flags=re.M)
+        exec(compile(python, NOTEBOOK.name, "exec"), namespace)
+        if "STEPS = " in source:
+            assert tiny.keys() <= namespace.keys()
+            namespace.update(tiny | ({"PHOTOS": str(photos)} if own_photos else {}))
+        for command in re.findall(r"^!accelerate launch examples/train_dfu.py ((?:.*\\\n)*.*)$", source, re.M):
+            options = re.sub(r"\{(\w+)\}", lambda name: str(namespace[name[1]]), command.replace("\\\n", " "))
+            train(*shlex.split(options), "--num_validation_images", "4", "--report_to", "none")
+    sheet = namespace["sheet"]
+    assert sheet.size[0] > 16 and np.asarray(sheet).std() > 1
+    assert Path("outputs/notebook.zip").stat().st_size > 1000
