@@ -26,7 +26,7 @@ extras = {
     "lora": ["peft>=0.17"],
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "space": ["accelerate>=1.0", "gradio>=6.31,<7"],
-    "eval": ["scipy", "torchmetrics>=1.4"],
+    "eval": ["scipy", "torchmetrics>=1.4", "transformers"],  # torch-fidelity, for Inception, needs torchvision, too
     "demo": ["accelerate>=1.0"],  # diffusers loads models with less memory where it is installed
     "quality": ["ruff==0.17.6"],  # pinned: another release may format differently
 }

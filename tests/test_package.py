@@ -17,6 +17,7 @@ DOCUMENTS = [
     "examples/README.md",
     "examples/space/README.md",
     "checkpoints/dfu-portraits/README.md",
+    "checkpoints/portrait-reader/README.md",
     "CHANGELOG.md",
 ]
 
