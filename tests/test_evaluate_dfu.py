@@ -155,7 +155,7 @@ def test_two_processes_give_the_same_numbers(tmp_path, plain, model):
     AcceleratorState._reset_state(reset_partial_state=True)
     debug_launcher(evaluate_dfu.main, (list(map(str, argv)),), num_processes=2)  # forks, so that it needs no imports
     assert json.loads((tmp_path / "results.json").read_text())["processes"] == 2
-    assert_same(tmp_path, plain)
+    assert_same(tmp_path, plain, 1e-3)  # equal seeds; another process may round the last bit otherwise
 
 
 def test_the_batch_size_does_not_matter(tmp_path, plain, model):
