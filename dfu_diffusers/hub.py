@@ -394,8 +394,8 @@ def _explain(error: Exception, repo_id: str, state: str) -> str:
     if _is_transient(error):
         reason = f"answered {status}" if status else f"did not answer ({_one_line(error)})"
         return (
-            f"The Hub {reason}, {len(WAITS) + 1} times, and {repo_id} {state}: check the network and try again; "
-            f"`python -m dfu_diffusers.hub push FOLDER {repo_id}` sends what is missing."
+            f"The Hub {reason}, {len(WAITS) + 1} times, and {repo_id} {state}: check the network and try again "
+            f"with the same options; what has arrived is not sent twice."
         )
     return f"{repo_id} could not be pushed: {_one_line(error)}"
 
