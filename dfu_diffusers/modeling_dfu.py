@@ -29,6 +29,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import get_adapter_name
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 SQRT_HALF = math.sqrt(0.5)
 NEAR_ZERO = 1e-5  # scale of the initial weights of layers that should start as if they were absent
@@ -330,10 +331,61 @@ def _init_linear(layer: nn.Module, scale: float = 1.0) -> nn.Module:
 # Blocks
 
 
+class _GroupNormOnCPU(torch.autograd.Function):
+    """Group normalisation with torch's own forward and, on channels-last CPU tensors, a backward two to four times as
+    fast: whole passes of vectorised code over the data, four of them, in place of torch's loops."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups: int, eps: float):
+        batch, channels, height, width = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        # With x^ = (x - mean) rstd and y = weight x^ + bias:
+        # dx = rstd (weight dy - <weight dy> - x^ <weight dy x^>), where <> is the mean over a group.
+        x, weight, mean, rstd = ctx.saved_tensors
+        batch, channels, height, width = x.shape
+        precise = mean.dtype if mean.dtype == torch.float64 else torch.float32
+        mean, rstd = mean.to(precise)[..., None], rstd.to(precise)[..., None]  # (batch, groups, 1)
+
+        def of_groups(per_channel):  # (batch or 1, groups, channels of a group)
+            return per_channel.to(precise).view(-1, mean.shape[1], channels // mean.shape[1])
+
+        def of_pixels(coefficient):  # (batch, groups, channels of a group or 1) -> (batch, channels, 1, 1)
+            return coefficient.expand(batch, *of_groups(weight).shape[1:]).reshape(batch, channels, 1, 1).to(x.dtype)
+
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        sum_dy = of_groups(dy.sum((2, 3), dtype=precise))
+        sum_dy_x = (of_groups((dy * x).sum((2, 3), dtype=precise)) - mean * sum_dy) * rstd
+        pixels, scale = height * width, of_groups(weight)
+        slope = -(scale * sum_dy_x).mean(-1, keepdim=True) / pixels * rstd.square()
+        offset = -(scale * sum_dy).mean(-1, keepdim=True) / pixels * rstd - slope * mean
+        dx = torch.addcmul(of_pixels(offset), x, of_pixels(slope)).addcmul_(dy, of_pixels(scale * rstd))
+        sums = (total.sum(0).flatten().to(weight.dtype) for total in (sum_dy_x, sum_dy))
+        return dx, *sums, None, None
+
+
+class _GroupNorm(nn.GroupNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        eager = torch.is_grad_enabled() and type(x) is torch.Tensor and not torch.compiler.is_compiling()
+        if eager and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+            return _GroupNormOnCPU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return super().forward(x)
+
+
 def _group_norm(channels: int, max_groups: int, eps: float) -> nn.GroupNorm:
     """At least four channels to a group, at most `max_groups` groups, and a number that divides the channels."""
     limit = max(1, min(max_groups, channels // 4))
-    return nn.GroupNorm(next(groups for groups in range(limit, 0, -1) if channels % groups == 0), channels, eps=eps)
+    return _GroupNorm(next(groups for groups in range(limit, 0, -1) if channels % groups == 0), channels, eps=eps)
+
+
+def _norm_silu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """SiLU of the normalised x; in place where no gradient needs both, which saves a copy of the largest tensors."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class DFUAttention(nn.Module):

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import spectral as ref
 
-from dfu_diffusers.modeling_dfu import DFUModel, DualConv2d, SpectralConv2d, _cached_fourier_matrices, resample
+from dfu_diffusers.modeling_dfu import DFUBlock, DFUModel, DualConv2d, SpectralConv2d, _cached_fourier_matrices, resample
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 PARAMETERS = {
@@ -694,3 +694,27 @@ def test_stock_pipelines(make_model, generator, pipeline, scheduler):
     assert images.shape == (2, 16, 16, 3) and F.l1_loss(*map(torch.tensor, images)) > 0
     pipe.unet.register_to_config(sample_size=(8, 12))
     assert pipe(num_inference_steps=2, output_type="np", generator=generator).images.shape == (1, 8, 12, 3)
+
+
+# --- Group normalisation ---
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 1), (3, 5), (8, 8)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_group_norm_and_its_gradients(size, dtype, bound):
+    torch.manual_seed(0)
+    norm = DFUBlock(12, 12, 8, 1, "dual", 0, None, False, 0.0, 3, 1e-6).norm1.to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(2, 12, *size) + 2).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(2, 12, *size).to(dtype)
+    leaves = [x, norm.weight, norm.bias]
+    precise = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = F.group_norm(precise[0], 3, *precise[1:], eps=1e-6)
+    with torch.no_grad():
+        assert torch.equal(norm(x), F.group_norm(x, 3, norm.weight, norm.bias, eps=1e-6))
+    y = norm(x)
+    assert (y.double() - expected).norm() < bound * expected.norm()
+    gradients = torch.autograd.grad(y, leaves, dy)
+    for ours, reference in zip(gradients, torch.autograd.grad(expected, precise, dy.double())):
+        assert (ours.double() - reference).norm() < bound * reference.norm() + bound
