@@ -9,13 +9,16 @@ Conventions, held by tests/test_modeling_dfu.py and the slow twins in tests/refe
     grid          pixel j of N is the cell around (j + 1/2) / N of the unit interval
     coefficients  c(k, l) = 1/(HW) sum v(i, j) exp(-2 pi i (k y_i + l x_j)), the same on every grid that resolves v
     modes (r, c)  rows k = -r .. r-1, columns l = 0 .. c-1; only those below the Nyquist frequency take part
+    boundary      "periodic": waves of period 1; "mirror": of period 2, for the image continued by its mirror image
 
 This file imports torch, diffusers and the standard library only, so that it can travel inside a Hub repository.
 """
 
+import importlib
 import math
 import os
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
@@ -33,13 +36,15 @@ from torch.autograd.function import once_differentiable
 
 SQRT_HALF = math.sqrt(0.5)
 NEAR_ZERO = 1e-5  # scale of the initial weights of layers that should start as if they were absent
+BOUNDARIES = ("periodic", "mirror")
+Boundary = Literal["periodic", "mirror"] | tuple[Literal["periodic", "mirror"], Literal["periodic", "mirror"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spectral convolution
 
 
-def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, device, dtype):
+def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, periods: tuple, device, dtype):
     """Real matrices of the truncated, pixel-centred DFT from grid `size` and its inverse onto grid `new_size`.
 
     With K rows and L columns of modes kept, the matrices act on channels-last data, axis by axis:
@@ -51,35 +56,42 @@ def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, device, dtype)
     stands for its conjugate twin, too) are all folded in. Where sizes are symbols (`torch.export`), no shape may
     depend on how many modes they resolve: all are kept, and those that take no part are zero in the matrices.
 
+    `periods` are 1 or, along an axis where the image goes on as its mirror image, 2. The doubled image is even, so its
+    coefficients are sums of cosines over the first half, and of the result only the first half is evaluated.
+
     Returns the four matrices, the first row of the weights that takes part, K and L.
     """
-    (height, width), (new_height, new_width), (r, c) = size, new_size, modes
-    # Strictly below the Nyquist frequency of both grids: 2|k| < N.
+    (height, width), (new_height, new_width), (r, c), (period_h, period_w) = size, new_size, modes, periods
+    # Strictly below the Nyquist frequency of both grids: 2|k| < N, where N counts the pixels of a period.
     symbolic = _is_symbolic(*size, *new_size)
     if symbolic:
         first, last, columns = -r, r - 1, c
     else:
-        limit_h, limit_w = (min(height, new_height) - 1) // 2, (min(width, new_width) - 1) // 2
+        limit_h = (period_h * min(height, new_height) - 1) // 2
+        limit_w = (period_w * min(width, new_width) - 1) // 2
         first, last, columns = -min(r, limit_h), min(r - 1, limit_h), min(c, limit_w + 1)
     k = torch.arange(first, last + 1, device=device)
     l = torch.arange(columns, device=device)
 
-    def cos_sin(frequencies, n):
+    def cos_sin(frequencies, pixels, period):
         # 2 pi f (j + 1/2) / n = pi f (2j + 1) / n; reduced as integers, so that float32 is exact to its last bit.
-        phase = torch.outer(frequencies, 2 * torch.arange(n, device=device) + 1)
+        phase = torch.outer(frequencies, 2 * torch.arange(pixels, device=device) + 1)
+        n = period * pixels
         phase = phase % torch.full_like(phase, 2 * n)  # ONNX has no remainder by a number that is a symbol
         angle = phase.to(torch.float64 if dtype == torch.float64 else torch.float32) * (math.pi / n)
         resolved = 2 * frequencies.abs()[:, None] < n if symbolic else 1
         return angle.cos() * resolved, angle.sin() * resolved
 
-    cos, sin = cos_sin(l, width)  # (L, W)
-    forward_w = torch.cat([cos, -sin]) / width
-    cos, sin = cos_sin(k, height)  # (K, H)
+    odd_h, odd_w = 2 - period_h, 2 - period_w  # 0 where the image has no odd part
+    cos, sin = cos_sin(l, width, period_w)  # (L, W)
+    forward_w = torch.cat([cos, -sin * odd_w]) / width
+    cos, sin = cos_sin(k, height, period_h)  # (K, H)
+    sin = sin * odd_h
     forward_h = torch.cat([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)]).flatten(1) / height
-    cos, sin = (part.T for part in cos_sin(k, new_height))  # (H', K)
+    cos, sin = (part.T for part in cos_sin(k, new_height, period_h))  # (H', K)
     real, imaginary = torch.cat([cos, -sin, -sin, -cos], 1), torch.cat([sin, cos, cos, -sin], 1)
     inverse_h = torch.stack([real, imaginary], 1).flatten(0, 1)
-    cos, sin = (part.T for part in cos_sin(l, new_width))  # (W', L)
+    cos, sin = (part.T for part in cos_sin(l, new_width, period_w))  # (W', L)
     twice = torch.where(l > 0, 2, 1)
     inverse_w = torch.cat([cos * twice, -sin * twice], 1)
     matrices = tuple(matrix.to(dtype) for matrix in (forward_w, forward_h, inverse_h, inverse_w))
@@ -107,12 +119,17 @@ class SpectralConv2d(nn.Module):
         modes: (r, c): rows k = -r .. r-1 and columns l = 0 .. c-1, in cycles per image. An int k means (k, k + 1), the
             same band on both axes.
         init_scale: factor on the initial weights. At 1 a band-limited input keeps its power.
+        boundary: "periodic", where the waves that leave at one edge come in at the opposite one; "mirror", where they
+            are reflected, and opposite edges do not know of each other; or a pair for (rows, columns). Mirror means
+            the periodic layer on the image continued by its mirror image, to twice the size, and cut back to it.
+            Modes then count half cycles per image: twice as many span the same band.
 
     Attributes:
         weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R.
 
     Raises:
-        ValueError: modes that are not one or two positive integers, channels below 1, an input of another shape.
+        ValueError: modes that are not one or two positive integers, channels below 1, an unknown boundary, an input
+            of another shape.
 
     Shape: (batch, in_channels, H, W) -> (batch, out_channels, H', W'); H', W' = `size`, by default H, W.
 
@@ -121,11 +138,19 @@ class SpectralConv2d(nn.Module):
     (torch.Size([2, 8, 17, 23]), torch.Size([2, 8, 9, 4]))
     """
 
-    def __init__(self, in_channels: int, out_channels: int, modes: int | tuple[int, int], init_scale: float = 1.0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        modes: int | tuple[int, int],
+        init_scale: float = 1.0,
+        boundary: Boundary = "periodic",
+    ):
         super().__init__()
         if min(in_channels, out_channels) < 1:
             raise ValueError(f"Channels must be positive, but got {in_channels} and {out_channels}.")
         self.in_channels, self.out_channels, self.modes = in_channels, out_channels, _parse_modes(modes)
+        self.boundary = _parse_boundary(boundary)
         r, c = self.modes
         self.weight = nn.Parameter(torch.empty(2 * r * c, in_channels, 2 * out_channels))
         nn.init.normal_(self.weight, std=init_scale / math.sqrt(2 * in_channels))
@@ -138,7 +163,8 @@ class SpectralConv2d(nn.Module):
         new_height, new_width = size = _check_layer_input(x, self.in_channels, size)
         batch, _, height, width = x.shape
         x = x.to(_compute_dtype(x))
-        key = ((height, width), size, self.modes, x.device, x.dtype)
+        periods = tuple(2 if kind == "mirror" else 1 for kind in self.boundary)
+        key = ((height, width), size, self.modes, periods, x.device, x.dtype)
         # A compiled graph holds the construction itself: cached tensors would be inputs that force recompilation. And
         # what a fake tensor leads to is fake, too, of no use to later calls.
         cacheable = type(x) is torch.Tensor and not torch.compiler.is_compiling()
@@ -176,7 +202,7 @@ class SpectralConv2d(nn.Module):
         return weight.to(dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, modes={self.modes}"
+        return f"{self.in_channels}, {self.out_channels}, modes={self.modes}, boundary={self.boundary}"
 
 
 def _check_layer_input(x: torch.Tensor, channels: int, size) -> tuple[int, int]:
@@ -204,6 +230,16 @@ def _parse_modes(modes) -> tuple[int, int]:
             f"but got {modes!r}. Use None for a level without a spectral path."
         )
     return pair
+
+
+def _parse_boundary(boundary) -> tuple[str, str]:
+    pair = (boundary, boundary) if isinstance(boundary, str) else boundary
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(kind in BOUNDARIES for kind in pair):
+        raise ValueError(
+            f"A spectral boundary must be one of {BOUNDARIES}, or a pair of them for (rows, columns), but got "
+            f"{boundary!r}."
+        )
+    return tuple(pair)
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -273,9 +309,14 @@ class DualConv2d(nn.Module):
         modes: Fourier modes of the spectral part, see `SpectralConv2d`. None leaves it out.
         conv_type: "dual", or only one part: "spatial" or "spectral".
         init_scale: factor on the initial weights.
+        spectral_boundary: of the spectral part, see `SpectralConv2d`.
+
+    Attributes:
+        periodic: for (rows, columns) whether the 3x3 convolution takes the opposite edge for a neighbour, rather than
+            zeros. No parameter depends on it.
 
     Raises:
-        ValueError: an unknown `conv_type`, or "spectral" without modes.
+        ValueError: an unknown `conv_type` or `spectral_boundary`, or "spectral" without modes.
 
     Shape: (batch, in_channels, H, W) -> (batch, out_channels, H', W'); H', W' = `size`, by default H, W. Both parts
     resample to another size themselves: the spatial one before its convolution, by area average or nearest pixel.
@@ -291,25 +332,39 @@ class DualConv2d(nn.Module):
         modes: int | tuple[int, int] | None,
         conv_type: Literal["dual", "spatial", "spectral"] = "dual",
         init_scale: float = 1.0,
+        spectral_boundary: Boundary = "periodic",
     ):
         super().__init__()
         _check_conv_type(conv_type)
         if conv_type == "spectral" and modes is None:
             raise ValueError("conv_type='spectral' needs Fourier modes, but got None: give modes or use 'dual'.")
         self.in_channels, self.out_channels = in_channels, out_channels
+        self.periodic = (False, False)
         self.spatial = self.spectral = None
         if conv_type != "spectral":
             self.spatial = _init_linear(nn.Conv2d(in_channels, out_channels, 3, padding=1), init_scale)
         if conv_type != "spatial" and modes is not None:
-            self.spectral = SpectralConv2d(in_channels, out_channels, modes, init_scale)
+            self.spectral = SpectralConv2d(in_channels, out_channels, modes, init_scale, spectral_boundary)
 
     def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Args: x (batch, in_channels, H, W); size (H', W') of the output."""
         size = _check_layer_input(x, self.in_channels, size)
         if self.spatial is None:
             return self.spectral(x, size)
-        out = self.spatial(resample(x, size))
+        out = self._convolve(resample(x, size))
         return out if self.spectral is None else self.spectral(x, size, residual=out)
+
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """The 3x3 convolution; along periodic axes of an image one pixel larger on each side, cut back afterwards."""
+        if not any(self.periodic):
+            return self.spatial(x)
+        height, width = x.shape[-2:]
+        frame_h, frame_w = map(int, self.periodic)
+        if frame_h:
+            x = torch.cat([x[:, :, -1:], x, x[:, :, :1]], dim=2)
+        if frame_w:
+            x = torch.cat([x[..., -1:], x, x[..., :1]], dim=3)
+        return self.spatial(x)[:, :, frame_h : frame_h + height, frame_w : frame_w + width]
 
 
 def _check_conv_type(conv_type: str) -> None:
@@ -410,7 +465,7 @@ class DFUBlock(nn.Module):
 
     Args:
         in_channels, out_channels, embedding_channels: channels of input, output and noise-level embedding.
-        modes, conv_type: of the dual convolutions, see `DualConv2d`.
+        modes, conv_type, spectral_boundary: of the dual convolutions, see `DualConv2d`.
         level: index of the resolution level the block works on (0 is the full image); for those who freeze by level.
         resample: "down" or "up" if the block joins two levels.
         attention: end with self-attention.
@@ -431,14 +486,15 @@ class DFUBlock(nn.Module):
         dropout: float,
         norm_num_groups: int,
         norm_eps: float,
+        spectral_boundary: Boundary = "periodic",
     ):
         super().__init__()
         self.level, self.resample, self.dropout = level, resample, dropout
         self.norm1 = _group_norm(in_channels, norm_num_groups, norm_eps)
-        self.conv1 = DualConv2d(in_channels, out_channels, modes, conv_type)
+        self.conv1 = DualConv2d(in_channels, out_channels, modes, conv_type, 1.0, spectral_boundary)
         self.embedding = _init_linear(nn.Linear(embedding_channels, out_channels))
         self.norm2 = _group_norm(out_channels, norm_num_groups, norm_eps)
-        self.conv2 = DualConv2d(out_channels, out_channels, modes, conv_type, init_scale=NEAR_ZERO)
+        self.conv2 = DualConv2d(out_channels, out_channels, modes, conv_type, NEAR_ZERO, spectral_boundary)
         self.skip = None
         if in_channels != out_channels or resample is not None:
             self.skip = _init_linear(nn.Conv2d(in_channels, out_channels, 1))
@@ -447,9 +503,9 @@ class DFUBlock(nn.Module):
     def forward(self, x: torch.Tensor, embedding: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Args: x (batch, in_channels, H, W); embedding (batch, embedding_channels); size (H', W') to resample to."""
         size = tuple(size or x.shape[-2:])
-        h = self.conv1(F.silu(self.norm1(x)), size)
+        h = self.conv1(_norm_silu(self.norm1, x), size)
         h = h + self.embedding(embedding)[:, :, None, None]
-        h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
+        h = F.dropout(_norm_silu(self.norm2, h), self.dropout, self.training)
         h = self.conv2(h)
         # A 1x1 convolution commutes with resampling: it runs where there are fewer pixels.
         if self.skip is None:
@@ -458,12 +514,54 @@ class DFUBlock(nn.Module):
             x = resample(self.skip(x), size)
         else:
             x = self.skip(resample(x, size))
-        x = (x + h) * SQRT_HALF
+        x = (x + h).mul_(SQRT_HALF)
         return x if self.attention is None else self.attention(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
+
+
+# What a file's metadata may say of a LoRA, of all that PEFT has options for: where it is, its size and its scale.
+LORA_OPTIONS = (
+    "r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora", "target_modules", "target_parameters",
+    "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+# And what is not heeded: the origin, and how to begin where no values are given.
+LORA_REMARKS = (
+    "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "init_lora_weights",
+)  # fmt: skip
+HUB_ARGUMENTS = (
+    "weight_name", "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies",
+)  # fmt: skip
+
+
+def _peft():
+    """PEFT, an option. An import statement, wherever it stood, would make diffusers demand it of all who load this
+    file from a repository."""
+    return importlib.import_module("peft")
+
+
+def _lora_config(state_dict: dict, metadata: dict | None):
+    """PEFT's LoraConfig of a saved LoRA; one without metadata tells its layers and ranks by names and shapes."""
+    from diffusers.utils.peft_utils import _create_lora_config
+
+    if metadata is None:
+        ranks = {f"^{key}": value.shape[1] for key, value in state_dict.items() if "lora_B" in key and value.ndim > 1}
+        return _create_lora_config(state_dict, None, None, ranks)
+    lora_config = _peft().LoraConfig
+    default = lora_config().to_dict()
+    odd = [
+        key for key, value in metadata.items()
+        if value and key not in LORA_OPTIONS + LORA_REMARKS and value != default.get(key)
+    ]  # fmt: skip
+    if odd:
+        raise TypeError(
+            f"`LoraConfig` class could not be instantiated: the LoRA's metadata ask for {', '.join(sorted(odd))}, and "
+            f"DFUModel reads {', '.join(LORA_OPTIONS)} only."
+        )
+    return lora_config(**{key: value for key, value in metadata.items() if key in LORA_OPTIONS})
 
 
 class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -494,6 +592,11 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_eps: epsilon of the GroupNorms.
         num_class_embeds: number of classes, or None for an unconditional model.
         num_augment_labels: number of augmentation labels (EDM's non-leaking augmentation has 9), zero at sampling.
+        spectral_boundary: whether waves pass from edge to opposite edge, "periodic", or are reflected, "mirror", or a
+            pair for (rows, columns). With "mirror" modes count half cycles per image, see `SpectralConv2d`.
+        tileable: axes along which the 3x3 convolutions take the opposite edge for a neighbour, for images that tile
+            the plane: "x" (left and right edges meet), "y", "xy" or None. A model trained without is switched by
+            `use_tileable`.
 
     Raises:
         ValueError: an argument out of its range, or lists of levels that do not fit together.
@@ -524,6 +627,8 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_eps: float = 1e-6,
         num_class_embeds: int | None = None,
         num_augment_labels: int = 0,
+        spectral_boundary: Boundary = "periodic",
+        tileable: Literal["x", "y", "xy"] | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -531,12 +636,12 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         noise_channels, embedding_channels = channels[0], 4 * channels[0]
 
         def conv(in_channels, out_channels, init_scale=1.0):
-            return DualConv2d(in_channels, out_channels, fourier_modes[0], conv_type, init_scale)
+            return DualConv2d(in_channels, out_channels, fourier_modes[0], conv_type, init_scale, spectral_boundary)
 
         def block(in_channels, level, out_channels=None, resample=None, attention=False):
             return DFUBlock(
                 in_channels, out_channels or channels[level], embedding_channels, fourier_modes[level], conv_type,
-                level, resample, attention, dropout, norm_num_groups, norm_eps,
+                level, resample, attention, dropout, norm_num_groups, norm_eps, spectral_boundary,
             )  # fmt: skip
 
         # 1. embedding of noise level and labels
@@ -577,6 +682,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.norm_out = _group_norm(current, norm_num_groups, norm_eps)
         self.conv_out = conv(current, out_channels, NEAR_ZERO)
         self.gradient_checkpointing = False
+        self._set_periodic(self._periodic_axes(tileable))
 
     def forward(
         self,
@@ -623,14 +729,37 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         # 4. decoder
         for block in self.up_blocks:
-            if block.resample:
-                sample = self._run(block, sample, embedding, skips[-1].shape[-2:])
-            else:
-                sample = self._run(block, torch.cat([sample, skips.pop()], dim=1), embedding)
+            if not block.resample:  # rebound before the call, during which the parts would stay alive
+                sample = torch.cat([sample, skips.pop()], dim=1)
+            sample = self._run(block, sample, embedding, skips[-1].shape[-2:] if block.resample else None)
 
         # 5. output
-        sample = self.conv_out(F.silu(self.norm_out(sample))).contiguous()
+        sample = self.conv_out(_norm_silu(self.norm_out, sample)).contiguous()
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
+
+    @contextmanager
+    def use_tileable(self, axes: Literal["x", "y", "xy"] | None) -> Iterator[None]:
+        """A context in which images tile the plane along `axes`, whatever the model was trained for.
+
+        The Fourier layers are periodic, and here the 3x3 convolutions are, too. Where all levels halve the size
+        without a rest, the output follows shifts of the input by whole pixels of the last level. None keeps the edges
+        apart.
+
+        Raises:
+            ValueError: other axes, or one whose `spectral_boundary` is "mirror".
+
+        >>> model = DFUModel(block_out_channels=(8,), layers_per_block=1, fourier_modes=(4,), attention_levels=())
+        >>> x = torch.randn(1, 3, 8, 9)
+        >>> with model.use_tileable("x"):
+        ...     shifted = model(x.roll(1, 3), 0.1).sample
+        ...     torch.testing.assert_close(shifted, model(x, 0.1).sample.roll(1, 3))
+        """
+        periodic, before = self._periodic_axes(axes), self.conv_in.periodic
+        self._set_periodic(periodic)
+        try:
+            yield
+        finally:
+            self._set_periodic(before)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -702,40 +831,65 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"These weights are of another configuration than the one given: {error}") from error
         return model.to(dtype=torch_dtype).eval()
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs) -> None:
-        """As in diffusers, for what `save_lora_adapter` wrote: no prefix by default, and safetensors only.
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict,
+        prefix: None = None,
+        adapter_name: str | None = None,
+        metadata: dict | None = None,
+        use_safetensors: bool = True,
+        **hub_arguments,
+    ) -> None:
+        """As in diffusers, for what `save_lora_adapter` wrote: a .safetensors file or a state dict, without a prefix.
 
-        PEFT refuses to restore adapters of plain parameters, such as the spectral weights, from a state dict. Hence
-        such an adapter is made anew from its saved configuration first, and then given its values.
+        Not by way of diffusers' method, which hands PEFT the state dict, and that refuses adapters of plain parameters
+        such as the spectral weights. Of the file's metadata only what describes the layers is used. A LoRA that is
+        refused leaves the model as it was.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a folder, a file, the id of a Hub repository, or a state dict.
+            adapter_name: a new name; None makes one up.
+            metadata: the LoRA's configuration, for a state dict or in place of the file's.
+            hub_arguments: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`,
+                `force_download` and `proxies`.
+
+        Raises:
+            TypeError: an unknown argument (`hotswap` is one), or metadata that ask for more than LoRA layers.
+            ValueError: a prefix, pickles, a name in use, or a LoRA for a model of another configuration.
         """
-        # Imported here because they are private: should diffusers move them, nothing else may break.
+        # Imported here because it is private: should diffusers move it, nothing else may break.
         from diffusers.loaders.lora_base import _fetch_state_dict
-        from diffusers.utils.peft_utils import _create_lora_config
 
-        where = ("weight_name", "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        if prefix is not None or use_safetensors is False:
+            raise ValueError(
+                f"DFUModel loads LoRAs from safetensors and without a prefix, but got prefix={prefix!r} and "
+                f"use_safetensors={use_safetensors!r}: save the LoRA with DFUModel.save_lora_adapter."
+            )
+        if unknown := sorted(hub_arguments.keys() - set(HUB_ARGUMENTS)):
+            raise TypeError(f"load_lora_adapter takes no {', '.join(unknown)}; it takes {HUB_ARGUMENTS}.")
+        adapters = getattr(self, "peft_config", {})
+        name = adapter_name or get_adapter_name(self)
+        if name in adapters:
+            raise ValueError(f"This model has an adapter {name!r} already: give another `adapter_name`.")
+
         state_dict, metadata = _fetch_state_dict(
             pretrained_model_name_or_path_or_dict,
             use_safetensors=True,
-            proxies=kwargs.pop("proxies", None),
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             allow_pickle=False,
-            metadata=kwargs.pop("metadata", None),
-            **{name: kwargs.pop(name, None) for name in where},
+            metadata=metadata,
+            **{**dict.fromkeys(HUB_ARGUMENTS), **hub_arguments},
         )
-        if not (metadata or {}).get("target_parameters"):
-            return super().load_lora_adapter(state_dict, prefix=prefix, metadata=metadata, **kwargs)
-        name = kwargs.get("adapter_name") or get_adapter_name(self)
-        self.add_adapter(_create_lora_config(state_dict, None, metadata, None), name)
-        values = {f"{key.removesuffix('.weight')}.{name}.weight": value for key, value in state_dict.items()}
-        places = {
-            key: p.shape
-            for key, p in self.named_parameters()
-            if re.search(rf"lora_[AB]\.{re.escape(name)}\.weight$", key)
-        }
-        if places != {key: value.shape for key, value in values.items()}:
-            self.delete_adapters(name)
+        config = _lora_config(state_dict, metadata)
+        with torch.device("meta"):  # a twin without memory shows which weights belong to it
+            twin = self.from_config(self.config)
+            for other, its_config in {**adapters, name: config}.items():
+                twin.add_adapter(its_config, other)
+        expected = _peft().get_peft_model_state_dict(twin, adapter_name=name)
+        if {key: p.shape for key, p in expected.items()} != {key: p.shape for key, p in state_dict.items()}:
             raise ValueError("This LoRA was made for a model of another configuration.")
-        self.load_state_dict(values, strict=False)
+        self.add_adapter(config, name)
+        _peft().set_peft_model_state_dict(self, state_dict, name)
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Regional compilation: as in diffusers, one graph for each kind of block (channels and size).
@@ -747,6 +901,25 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 4 * blocks)
         super().compile_repeated_blocks(*args, **kwargs)
+
+    def _set_periodic(self, periodic: tuple[bool, bool]) -> None:
+        for module in self.modules():
+            if isinstance(module, DualConv2d):
+                module.periodic = periodic
+
+    def _periodic_axes(self, tileable: str | None) -> tuple[bool, bool]:
+        """Whether rows and columns are periodic, from the names of the axes."""
+        if tileable not in (None, "x", "y", "xy"):
+            raise ValueError(f"tileable must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
+        periodic = tuple(axis in (tileable or "") for axis in "yx")
+        boundary = _parse_boundary(self.config.spectral_boundary)
+        if any(joined and kind == "mirror" for joined, kind in zip(periodic, boundary)):
+            raise ValueError(
+                f"tileable={tileable!r} joins edges that this model's spectral_boundary="
+                f"{self.config.spectral_boundary!r} (rows, columns) keeps apart: it takes a model whose boundary is "
+                f"'periodic' along these axes."
+            )
+        return periodic
 
     def _run(self, block: DFUBlock, *args) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -788,6 +961,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"sample_size must be a positive integer or (height, width), but got {config.sample_size!r}."
             )
         _check_conv_type(config.conv_type)
+        _parse_boundary(config.spectral_boundary)
         for level, entry in enumerate(modes):
             if entry is not None:
                 _parse_modes(entry)

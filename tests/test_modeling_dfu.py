@@ -12,10 +12,23 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import spectral as ref
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dfu_diffusers.modeling_dfu import DFUBlock, DFUModel, DualConv2d, SpectralConv2d, _cached_fourier_matrices, resample
+from dfu_diffusers import DFUPipeline, modeling_dfu
+from dfu_diffusers.metrics import wrap_seam
+from dfu_diffusers.modeling_dfu import (
+    DFUBlock,
+    DFUModel,
+    DualConv2d,
+    SpectralConv2d,
+    _cached_fourier_matrices,
+    resample,
+)
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+PORTRAITS = Path(__file__).parent.parent / "checkpoints" / "dfu-portraits"
 PARAMETERS = {
     "church-96": 630_576_131,
     "cifar-32": 183_735_811,
@@ -36,9 +49,9 @@ def spectral(in_channels, out_channels, modes, dtype=torch.float32):
     return redraw(SpectralConv2d(in_channels, out_channels, modes)).to(dtype)
 
 
-def identity(channels, modes, dtype=torch.float64):
+def identity(channels, modes, dtype=torch.float64, boundary="periodic"):
     """A SpectralConv2d that passes its modes on as they are."""
-    layer = SpectralConv2d(channels, channels, modes).to(dtype)
+    layer = SpectralConv2d(channels, channels, modes, boundary=boundary).to(dtype)
     with torch.no_grad():
         layer.weight.copy_(torch.cat([torch.eye(channels), torch.zeros(channels, channels)], 1))
     return layer
@@ -130,6 +143,65 @@ def test_autocast():
     layer.double()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x.double(), (9, 24)), expected)
+
+
+# --- SpectralConv2d: boundary ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(side, side),
+    new_size=st.none() | st.tuples(side, side),
+    modes=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    boundary=st.sampled_from(["mirror", ("mirror", "periodic"), ["periodic", "mirror"]]),
+)
+@example((1, 1), None, (3, 3), "mirror")
+@example((1, 40), (40, 1), (5, 2), "mirror")
+@example((4, 5), None, (4, 6), "mirror")  # modes at the Nyquist frequency of the doubled grid and beyond it
+@example((13, 17), (97, 31), (3, 4), "mirror")
+def test_mirror_is_the_periodic_layer_on_the_continued_image(size, new_size, modes, boundary):
+    x = draw(2, 3, *size, seed=hash(size) % 1000, dtype=torch.float64)
+    layer = redraw(SpectralConv2d(3, 4, modes, boundary=boundary)).double()
+    axes = (2, 3) if boundary == "mirror" else (2,) if boundary[0] == "mirror" else (3,)
+    expected = ref.mirror_conv2d(x, layer.weight, layer.modes, new_size, axes)
+    torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+    expected = ref.mirror_conv2d(x.float(), layer.float().weight, layer.modes, new_size, axes)
+    torch.testing.assert_close(layer(x.float(), new_size).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 6), (12, 9), (64, 37), (4, 100)])
+def test_mirror_on_two_grids(size):
+    layer = redraw(SpectralConv2d(3, 4, (4, 5), boundary="mirror")).double()
+    coarse, fine = (layer(ref.band_limited_cosines(*grid, 3, 4), size) for grid in (size, (30, 31)))
+    torch.testing.assert_close(coarse, fine, rtol=0, atol=1e-12)
+    layer = identity(3, (4, 5), boundary="mirror")
+    result = layer(ref.band_limited_cosines(30, 31, 3, 4), size)
+    torch.testing.assert_close(result, ref.band_limited_cosines(*size, 3, 4), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("boundary, echo", [("periodic", True), ("mirror", False), (("mirror", "periodic"), True)])
+def test_opposite_edges_hear_each_other_only_if_periodic(boundary, echo):
+    """A blur whose kernel reaches a tenth of the image, applied to a line along the left edge."""
+    layer = identity(1, (16, 17), boundary=boundary)
+    period = 1 if layer.boundary[1] == "periodic" else 2
+    with torch.no_grad():
+        columns = torch.arange(17.0).repeat(32) / period
+        layer.weight *= torch.exp(-(columns[:, None, None] ** 2) / 16)
+    line = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
+    line[..., 0] = 1
+    result = layer(line)[0, 0, 20].abs()
+    assert result[1] > 0.5 * result[0] and result[20] < 1e-2 * result[0]
+    assert (result[-1] > 0.5 * result[0]) == echo
+    assert echo or result[20:].max() < 1e-2 * result[0]
+
+
+@pytest.mark.parametrize("boundary", ["periodic", "mirror"])
+def test_initial_weights_keep_the_power(boundary):
+    torch.manual_seed(0)
+    layer = SpectralConv2d(96, 96, (6, 6), boundary=boundary)
+    function = ref.band_limited_cosines if boundary == "mirror" else ref.band_limited
+    x = torch.cat([function(20, 24, 5, 5, seed) for seed in range(32)], 1).float()
+    assert 0.85 < layer(x).square().mean() / x.square().mean() < 1.15
 
 
 # --- Grids ---
@@ -284,10 +356,25 @@ def test_cached_matrices_serve_later_calls(context):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layer(backend):
     torch._dynamo.reset()
-    layer = redraw(DualConv2d(3, 4, (4, 3)))
+    layer = redraw(DualConv2d(3, 4, (4, 3), spectral_boundary=("periodic", "mirror")))
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     x = draw(2, 3, 16, 16)
-    torch.testing.assert_close(compiled(x, (9, 20)), layer(x, (9, 20)), rtol=1e-4, atol=1e-5)
+    for periodic in ((False, False), (True, False)):
+        layer.periodic = periodic
+        torch.testing.assert_close(compiled(x, (9, 20)), layer(x, (9, 20)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (4, 7), (13, 10), (33, 57)])
+def test_boundaries_of_symbolic_sizes(make_model, monkeypatch, size):
+    """What an exported graph computes, run as it is: see the same test of the defaults in test_interoperability.py."""
+    modes = ((4, 3), 2, (3, 2))
+    model = make_model(fourier_modes=modes, spectral_boundary=("mirror", "periodic"), tileable="x")
+    x = draw(2, 3, *size)
+    expected = model(x, 0.1).sample
+    monkeypatch.setattr(modeling_dfu, "_is_symbolic", lambda *sizes: True)
+    _cached_fourier_matrices.cache_clear()
+    torch.testing.assert_close(model(x, 0.1).sample, expected, rtol=1e-4, atol=1e-5)
+    _cached_fourier_matrices.cache_clear()
 
 
 @pytest.mark.slow
@@ -470,6 +557,10 @@ def test_labels(make_model):
         (dict(sample_size=(8, 8, 8)), ["sample_size", "(8, 8, 8)"]),
         (dict(sample_size="big"), ["sample_size", "big"]),
         (dict(norm_eps=-1.0), ["norm_eps", "-1.0"]),
+        (dict(spectral_boundary="reflect"), ["'mirror'", "'reflect'"]),
+        (dict(spectral_boundary=("mirror",)), ["(rows, columns)", "('mirror',)"]),
+        (dict(spectral_boundary=None), ["'periodic'", "None"]),
+        (dict(tileable="rows"), ["'xy'", "'rows'"]),
         (dict(num_class_embeds=0), ["num_class_embeds", "0", "None"]),
         (dict(num_class_embeds=2.5), ["num_class_embeds", "2.5", "None"]),
     ],
@@ -561,6 +652,102 @@ def test_bad_inputs(make_model, config, arguments, error, words):
         assert word in str(raised.value)
 
 
+# --- DFUModel: images that tile the plane ---
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.tuples(side, side), new_size=st.none() | st.tuples(side, side))
+@example((1, 1), None)
+@example((7, 9), (4, 5))
+def test_periodic_convolution_continues_the_image(size, new_size):
+    """As if copies of the resampled image lay around it, along the periodic axes only."""
+    layer, x = redraw(DualConv2d(2, 3, None)).double(), draw(2, 2, *size, dtype=torch.float64)
+    height, width = new_size or size
+    for rows, columns in ((True, True), (True, False), (False, True), (False, False)):
+        layer.periodic = (rows, columns)
+        plane = resample(x, (height, width)).repeat(1, 1, 3 if rows else 1, 3 if columns else 1)
+        expected = layer.spatial(plane)[:, :, rows * height :, columns * width :][:, :, :height, :width]
+        torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("axes, shift", [("xy", (4, -8)), ("x", (0, 4)), ("y", (8, 0))])
+@pytest.mark.parametrize("size", [(16, 24), (12, 16)])
+def test_tileable_model_commutes_with_shifts(make_model, axes, shift, size):
+    """By multiples of 4, what three levels divide a side by; and along the other axis it does not."""
+    model, x = make_model(), draw(2, 3, *size)
+
+    def error(shift):
+        shifted, expected = (images.roll(shift, (2, 3)) for images in (x, model(x, -0.3).sample))
+        return (model(shifted, -0.3).sample - expected).abs().max()
+
+    with torch.no_grad():
+        plain = model(x, -0.3).sample
+        assert error(shift) > 1e-2
+        with model.use_tileable(axes):
+            assert error(shift) < 1e-5
+            assert axes == "xy" or error(shift[::-1]) > 1e-2
+        assert torch.equal(model(x, -0.3).sample, plain)
+        always = make_model(tileable=axes)
+        assert error(shift) > 1e-2 and (always(x, -0.3).sample - plain).abs().max() > 1e-2
+        with model.use_tileable(axes), always.use_tileable(None):
+            torch.testing.assert_close(model(x, -0.3).sample, make_model(tileable=axes)(x, -0.3).sample)
+            torch.testing.assert_close(always(x, -0.3).sample, plain)
+
+
+def test_tileable_in_training_and_other_modes(make_model):
+    model, x = make_model().train(), draw(2, 3, 9, 12).to(memory_format=torch.channels_last)
+    with model.use_tileable("xy"):
+        assert model.conv_in(x).is_contiguous(memory_format=torch.channels_last)
+        model(x, 0.4).sample.square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        model.enable_gradient_checkpointing()
+        model(x, 0.4).sample.square().mean().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, gradients[name])
+        expected = model.eval()(x, 0.4).sample
+        assert relative_error(model.bfloat16()(x.bfloat16(), 0.4).sample, expected.double()) < 0.05
+
+
+def test_tileable_ends_with_its_context(make_model):
+    model, x = make_model(tileable="y"), draw(1, 3, 8, 8)
+    expected = model(x, 0.1).sample
+    with pytest.raises(RuntimeError, match="on purpose"), model.use_tileable("x"):
+        with model.use_tileable("xy"):
+            pass
+        assert model.conv_in.periodic == model.up_blocks[-1].conv2.periodic == (False, True)
+        raise RuntimeError("on purpose")
+    assert torch.equal(model(x, 0.1).sample, expected)
+
+
+def test_tileable_needs_periodic_waves(make_model):
+    for axes in ("z", "yx", "", True):
+        with pytest.raises(ValueError, match="must be 'x', 'y', 'xy' or None"), make_model().use_tileable(axes):
+            pass
+    model = make_model(spectral_boundary=("mirror", "periodic"))
+    with model.use_tileable("x"):
+        assert model.conv_in.periodic == (False, True)
+    for axes in ("y", "xy"):
+        with pytest.raises(ValueError, match="keeps apart"), model.use_tileable(axes):
+            pass
+    with pytest.raises(ValueError, match="tileable='x'.*'mirror'"):
+        make_model(spectral_boundary="mirror", tileable="x")
+
+
+def test_samples_have_no_seam(generator):
+    """Of the shipped model, whose edges stayed apart in training: jumps across the seam are about those within."""
+    pipe = DFUPipeline.from_pretrained(PORTRAITS)
+    pipe.set_progress_bar_config(disable=True)
+
+    def seam():
+        arguments = dict(batch_size=6, height=32, width=32, num_inference_steps=8, output_type="pt")
+        return wrap_seam(2 * pipe(**arguments, generator=generator.manual_seed(0)).images - 1).mean()
+
+    apart = seam()
+    with pipe.unet.use_tileable("xy"):
+        assert seam() < 1.4 < 1.8 < apart
+
+
 # --- DFUModel: saving ---
 
 
@@ -584,6 +771,24 @@ def test_save_and_load(make_model, tmp_path, modes):
         assert torch.equal(tensor, model.state_dict()[name])
     again = DFUModel.from_config(loaded.config)
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("boundary, axes", [("mirror", None), (("mirror", "periodic"), "x"), ("periodic", "xy")])
+def test_boundaries_are_saved(make_model, tmp_path, boundary, axes):
+    model, x = make_model(spectral_boundary=boundary, tileable=axes), draw(2, 3, 11, 8)
+    expected = model(x, -0.3).sample
+    assert (make_model()(x, -0.3).sample - expected).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["spectral_boundary"], saved["tileable"]) == (json.loads(json.dumps(boundary)), axes)
+    assert torch.equal(DFUModel.from_pretrained(tmp_path)(x, -0.3).sample, expected)
+
+
+def test_configs_without_boundaries_are_periodic_waves_and_edges_apart(make_model):
+    config = {k: v for k, v in make_model().config.items() if k not in ("spectral_boundary", "tileable")}
+    model, x = redraw(DFUModel.from_config(config)).eval(), draw(2, 3, 11, 8)
+    expected = make_model(spectral_boundary="periodic", tileable=None)(x, 0.1).sample
+    assert torch.equal(model(x, 0.1).sample, expected)
 
 
 # --- DFUModel: training ---
@@ -621,6 +826,45 @@ def test_dropout_acts_in_training_only(make_model):
     assert torch.equal(model(x, 0.1).sample, expected)
     model.train()
     assert (model(x, 0.1).sample - model(x, 0.1).sample).abs().max() > 1e-3
+
+
+# --- DFUModel: memory ---
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators made and that are alive, and remembers the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.live = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live[StorageWeakRef(storage)] = storage.nbytes()
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def test_memory_of_a_forward_without_gradients():
+    """Of the portrait model, in units of the features of the finest level: the memory that the guide promises."""
+    with torch.device("meta"):
+        model, x = DFUModel.from_config(DFUModel.load_config(CONFIGS / "portraits.json")).eval(), draw(1, 3, 256, 256)
+        with torch.no_grad(), LiveMemory() as memory:
+            model(x.to("meta"), 0.1)
+    features = 4 * model.config.block_out_channels[0] * 256 * 256
+    assert 6 * features < memory.peak < 9 * features
+
+
+def test_work_in_place_changes_nothing(make_model):
+    model, x = make_model(), draw(2, 3, 11, 8)
+    expected, before = model(x, 0.1).sample, x.clone()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(model(x, 0.1).sample, expected) and torch.equal(x, before)
 
 
 # --- DFUModel: dtypes, offloading, pipelines ---

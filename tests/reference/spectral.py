@@ -32,6 +32,15 @@ def spectral_conv2d(x: torch.Tensor, weight: torch.Tensor, modes: tuple, size: t
     return out
 
 
+def mirror_conv2d(x: torch.Tensor, weight: torch.Tensor, modes: tuple, size: tuple | None, axes: tuple):
+    """`spectral_conv2d` on x followed by its mirror image along `axes` (2: rows, 3: columns), and cut back."""
+    new_height, new_width = size = size or x.shape[-2:]
+    for axis in axes:
+        x = torch.cat([x, x.flip(axis)], axis)
+    size = tuple(2 * n if axis in axes else n for axis, n in zip((2, 3), size))
+    return spectral_conv2d(x, weight, modes, size)[:, :, :new_height, :new_width]
+
+
 def band_limited(height: int, width: int, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     """One fixed real function with |k| <= rows, |l| <= columns, sampled on the grid: (1, 3, H, W) float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,3 +50,14 @@ def band_limited(height: int, width: int, rows: int, columns: int, seed: int = 0
             amplitude = torch.randn(3, dtype=torch.complex128, generator=generator)
             out += (amplitude[None, :, None, None] * wave(height, width, k, l)).real
     return out
+
+
+def band_limited_cosines(height: int, width: int, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """One fixed function of cos(pi k y) cos(pi l x) with k <= rows, l <= columns: (1, 3, H, W) float64."""
+    amplitudes = torch.randn(3, rows + 1, columns + 1, generator=torch.Generator().manual_seed(seed)).double()
+
+    def cosines(frequencies, n):
+        k, y = torch.arange(frequencies + 1, dtype=torch.float64), (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        return (torch.pi * k[:, None] * y).cos()
+
+    return torch.einsum("okl,ky,lx->oyx", amplitudes, cosines(rows, height), cosines(columns, width))[None]
