@@ -32,9 +32,10 @@ import logging
 import math
 import os
 import re
+import shlex
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -44,7 +45,7 @@ import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from safetensors import safe_open
 
 from . import _TRAVELLING, __version__
@@ -62,6 +63,28 @@ METADATA = {
     "tags": ["diffusers", "dfu", "dfu_diffusers", "fourier-neural-operator", "any-resolution"],
 }
 
+# What `model_card` and our own cards hold to load the model, and what tells how to do so without this package.
+SNIPPET = re.compile(
+    r'^pipe = DFU\w*Pipeline\.from_pretrained\((?P<place>"(?P<id>[^"\n]*)"(?:, revision="[^"\n]*")?)', re.MULTILINE
+)
+WITHOUT_PACKAGE = """
+Without `dfu_diffusers`, this needs nothing but diffusers, and runs the code that lies in this repository:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({place}, trust_remote_code=True)
+```
+"""
+
+TOKEN = re.compile(r"\bhf_\w{20,}")
+WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+""")  # of a command for a shell
+# Absolute paths. In a text a directory's name may have spaces within, but a comma or quotation mark ends the path.
+ROOT, HOME = r"[/\\]+(?=[^\s/\\])", r"(?:file:/*|~[\w.-]*|[A-Za-z]:)"
+DIRECTORY = r"""(?:[^/\\'"\n,;|<>]*[^/\\'"\s,;|<>][/\\]+(?=[^\s/\\'",;]))"""
+DIRECTORIES = re.compile(rf"(?<![\w.:/\\~])(?:{HOME}{ROOT}{DIRECTORY}*|{ROOT}{DIRECTORY}+)")
+VALUE = re.compile(rf"(-[\w-]+=|[A-Z_]+=)?({HOME}?{ROOT}.*)", re.DOTALL)  # a path as a whole, or --option=path
+
 WAITS = (1, 4, 16)  # seconds before the second, third and fourth try
 # Of requests that got no answer. The first is the HTTP library's own, whichever one huggingface_hub is built on;
 # RuntimeError is all that its Rust client for large files tells.
@@ -75,7 +98,9 @@ class HubError(Exception):
 # --- Files ---
 
 
-def files_to_push(folder: str | Path, self_contained: bool = False) -> list[tuple[str, int]]:
+def files_to_push(
+    folder: str | Path, self_contained: bool = False, include: Sequence[str] = ()
+) -> list[tuple[str, int]]:
     """What of a pipeline's folder belongs on the Hub: paths relative to it, with sizes in bytes.
 
     These are model_index.json, *.safetensors and *.json of the components it lists, README.md with the pictures that
@@ -84,14 +109,21 @@ def files_to_push(folder: str | Path, self_contained: bool = False) -> list[tupl
     checkpoints, logs, optimizer states or pickled weights, and no run.json, which tells the paths of the machine it
     ran on; for the same reason `_name_or_path`, which diffusers adds, is cut from the configurations.
 
+    `include` asks for more: patterns such as "logs", "checkpoint-*" or "**/*.txt", relative to the folder. What they
+    match goes up as it is, folders with all that is in them, pickles and paths of this machine, too.
+
+    README.md goes up with code that loads the model from where it was pushed: it may grow or shrink by a few bytes.
+
     Raises:
-        HubError: the folder holds no pipeline, or one without safetensors weights.
+        HubError: the folder holds no pipeline, one without safetensors weights, or nothing that `include` matches.
     """
-    contents = _contents(Path(folder), self_contained)
+    contents = _contents(Path(folder), self_contained, include)
     return [(path, len(at) if isinstance(at, bytes) else at.stat().st_size) for path, at in contents.items()]
 
 
-def _contents(folder: Path, self_contained: bool) -> dict[str, Path | bytes]:
+def _contents(
+    folder: Path, self_contained: bool, include: Sequence[str] = (), repo_id: str | None = None, revision=None
+) -> dict[str, Path | bytes]:
     """What to push, by path: a file on the disk, or its content where that is changed on the way."""
     paths = [folder / INDEX]
     for component in _components(folder):
@@ -119,11 +151,29 @@ def _contents(folder: Path, self_contained: bool) -> dict[str, Path | bytes]:
         files = code_files(folder, getattr(diffusers, str(named), DFUPipeline))
         contents |= {path: text.encode() for path, text in files.items()}
     try:
-        return {path: _without_origin(at) if path.endswith(".json") else at for path, at in contents.items()}
+        contents = {path: _without_origin(at) if path.endswith(".json") else at for path, at in contents.items()}
     except ValueError as error:
         raise HubError(
             f"A *.json of {folder} cannot be read ({_one_line(error)}): save the pipeline again."
         ) from error
+    card = _read_card(folder) or ""
+    fitted = _fit_card(card, repo_id, self_contained or bool(_code(folder)), revision)
+    if fitted != card:
+        contents[CARD] = fitted.encode()
+    return {path.relative_to(folder).as_posix(): path for path in _included(folder, include)} | contents
+
+
+def _included(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files that the patterns ask for, those in folders that they match included."""
+    files = []
+    for pattern in patterns:
+        path = Path(pattern)
+        outside = path.is_absolute() or ".." in path.parts or not path.parts
+        found = [] if outside else [file for at in folder.glob(pattern) for file in (at, *at.rglob("*"))]
+        if not (found := [file for file in found if file.is_file()]):
+            raise HubError(f"{folder} holds no files that match {pattern!r}: give a pattern relative to it.")
+        files += found
+    return files
 
 
 def _without_origin(content: Path | bytes) -> Path | bytes:
@@ -156,12 +206,19 @@ def _components(folder: Path) -> list[str]:
 
 
 def _code(folder: Path) -> list[Path]:
-    """The modules of a self-contained pipeline, which its model_index.json names; none of a plain one."""
+    """The modules of a self-contained pipeline, which its model_index.json names, with those that they import from
+    beside them; none of a plain one."""
     index = _index(folder)
     places = {"_class_name": folder, **{name: folder / name for name in _components(folder)}}
     named = [(places[name], str(index[name][0])) for name in places if isinstance(index.get(name), list)]
     paths = [place / f"{module}.py" for place, module in named if re.fullmatch(r"\w+", module)]
-    return [path for path in paths if path.is_file()]
+    found = []
+    for path in paths:  # which grows on the way
+        if path.is_file() and path not in found:
+            found.append(path)
+            neighbours = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+            paths += [path.with_name(f"{name}.py") for name in neighbours]
+    return found
 
 
 def convert(folder: str | Path, dtype: str, max_shard_size: str = "10GB") -> list[Path]:
@@ -222,10 +279,17 @@ def _variant(name: str) -> str | None:
 # --- The Hub ---
 
 
-def check_push(repo_id: str, private: bool = False, token: str | None = None) -> str:
+def check_push(
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    tag: str | None = None,
+    card: str | None = None,
+) -> str:
     """Make sure, before a run of days begins, that its result can be pushed.
 
-    Checks name and login, creates the repository unless it is there, and asks whether this login may write to it.
+    Checks name and login, has the Hub validate the card, creates the repository unless it is there, and asks whether
+    this login may write to it and whether the tag is new.
 
     Args:
         repo_id: "user/name", "organization/name", or "name" for the user who is logged in.
@@ -233,17 +297,22 @@ def check_push(repo_id: str, private: bool = False, token: str | None = None) ->
             made private its own. An existing repository keeps its visibility; a public one is refused if private was
             asked for.
         token: an access token; None takes the one of `hf auth login` or of HF_TOKEN.
+        tag: as for `push_folder`.
+        card: README.md as it will be pushed; its metadata will do, see `card_head`.
 
     Returns:
         The full name, "user/name".
 
     Raises:
-        HubError: no login, unknown token, no permission, malformed name, no network, offline mode.
+        HubError: no login, unknown token, no permission, malformed name, no network, offline mode, metadata that the
+            Hub does not take, a tag that is there.
     """
     _check_name(repo_id)
     api = HfApi(token=token)
     user = _call(api.whoami, repo_id)["name"]
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    if card is not None:
+        _validate_card(card, repo_id)
     _call(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), repo_id)
     # Only this request, the first one of every upload, tells whether a repository that exists may be written to.
     probe = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=b"#")
@@ -253,7 +322,13 @@ def check_push(repo_id: str, private: bool = False, token: str | None = None) ->
             f"{repo_id} is there already and public, but private was asked for: make it private in its settings on "
             f"the Hub, or choose another name."
         )
+    _check_tag(api, repo_id, tag)
     return repo_id
+
+
+def _check_tag(api: HfApi, repo_id: str, tag: str | None) -> None:
+    if tag and tag in [ref.name for ref in _call(lambda: api.list_repo_refs(repo_id), repo_id).tags]:
+        raise HubError(f"{repo_id} has a tag {tag} already, and tags stay what they are: choose another name.")
 
 
 def push_folder(
@@ -264,6 +339,7 @@ def push_folder(
     self_contained: bool = False,
     revision: str | None = None,
     tag: str | None = None,
+    include: Sequence[str] = (),
 ) -> str:
     """Upload `files_to_push(folder)` in one commit, so that an interrupted upload leaves the repository as it was.
 
@@ -276,6 +352,7 @@ def push_folder(
         self_contained: see the top of this file; the folder itself stays as it is. One that was saved so goes up so.
         revision: a branch, made from main unless it is there (and left there by an upload that fails). None is main.
         tag: a new name for this state, "v1.0" say, by which `from_pretrained(..., revision="v1.0")` finds it for good.
+        include: patterns of files that do not belong to a pipeline and shall go along, see `files_to_push`.
 
     Returns:
         The address of the repository's page.
@@ -284,13 +361,12 @@ def push_folder(
         HubError: the folder does not fit, the tag exists, or the Hub refused, or failed again and again.
     """
     folder = Path(folder)
-    contents = _contents(folder, self_contained)
+    contents = _contents(folder, self_contained, include, repo_id, revision)
     if CARD in contents:
         check_card(_read_card(folder))
     components = _components(folder)
     api = HfApi(token=token)
-    if tag and tag in [ref.name for ref in _call(lambda: api.list_repo_refs(repo_id), repo_id).tags]:
-        raise HubError(f"{repo_id} has a tag {tag} already, and tags stay what they are: choose another name.")
+    _check_tag(api, repo_id, tag)
     if revision:
         _call(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
 
@@ -419,8 +495,9 @@ def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) 
         facts: `license` (the Hub's identifier, "apache-2.0") and `datasets` (Hub ids) also enter the metadata.
             `train_sizes` is a list such as ["16", "24x32"], `validation` maps such sizes to losses, `metrics` maps
             names to such a mapping each, {"FID": {"32": 12.3}}; both enter the metadata as `model-index`, too.
-            `options` and `versions` map names to values. From every text, directories of absolute paths and access
-            tokens are cut.
+            `options` and `versions` map names to values. `self_contained` tells how to load without this package; it
+            is true of a folder that was saved so. From every text, directories of absolute paths and access tokens are
+            cut; a directory ends at the last slash of a phrase, since its name may have spaces.
 
     Returns:
         Markdown that begins with valid metadata.
@@ -432,21 +509,46 @@ def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["thousands"] = "{:,}".format
     text = Path(template).read_text(encoding="utf-8")
-    known = jinja2.meta.find_undeclared_variables(environment.parse(text)) - {"card_data"} | {"metrics"}
+    known = jinja2.meta.find_undeclared_variables(environment.parse(text)) - {"card_data"}
+    known |= {"metrics", "self_contained"}
     if unknown := sorted(facts.keys() - known):
         raise TypeError(f"{template} has no place for {', '.join(unknown)}: it knows {', '.join(sorted(known))}.")
 
     values = {"repo_id": repo_id, "name": repo_id.split("/")[-1], **_facts_of(Path(folder)), **facts}
-    facts = _public(facts)
-    data = ModelCardData(
-        **METADATA, license=facts.get("license"), datasets=facts.get("datasets"), **_results(values["name"], facts)
-    )
-    filled = environment.from_string(text).render(
-        {**dict.fromkeys(known), **{name: _public(value) for name, value in values.items()}}, card_data=data.to_yaml()
-    )
+    public = {name: (_public_command if name == "command" else _public)(value) for name, value in values.items()}
+    head = card_head(public.get("license"), public.get("datasets"), **_results(values["name"], public))
+    head = head.removeprefix("---\n").removesuffix("\n---\n")
+    filled = environment.from_string(text).render({**dict.fromkeys(known), **public}, card_data=head)
     filled = re.sub(r"\n{3,}", "\n\n", filled).strip() + "\n"
+    filled = _fit_card(filled, public["repo_id"], values["self_contained"])
     check_card(filled)
     return filled
+
+
+def card_head(license: str | None = None, datasets: list[str] | None = None, **more) -> str:
+    """The metadata with which a card begins, between lines of ---; `more` is for huggingface_hub's ModelCardData.
+
+    Raises:
+        HubError: `license` cannot be an identifier of the Hub.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(license)):
+        raise HubError(f"{license!r} names no licence as the Hub does: write cc-by-4.0, apache-2.0 or other, say.")
+    return f"---\n{ModelCardData(**METADATA, license=license, datasets=datasets, **more).to_yaml()}\n---\n"
+
+
+def _fit_card(card: str, repo_id: str | None, self_contained: bool, revision: str | None = None) -> str:
+    """The card with code that loads the model from `repo_id`, None being the name that it has there.
+
+    Code of other forms, in cards that `model_card` did not write, stays as it is.
+    """
+    card = re.sub(re.escape(WITHOUT_PACKAGE).replace(re.escape("{place}"), ".*"), "", card)
+    if not (found := SNIPPET.search(card)):
+        return card
+    place = json.dumps(repo_id or found["id"]) + (f", revision={json.dumps(revision)}" if revision else "")
+    before, after = card[: found.start("place")] + place, card[found.end("place") :]
+    if self_contained:
+        after = after.replace("\n```\n", "\n```\n" + WITHOUT_PACKAGE.format(place=place), 1)
+    return before + after
 
 
 def _results(name: str, facts: dict) -> dict:
@@ -471,7 +573,7 @@ def _results(name: str, facts: dict) -> dict:
 def check_card(text: str) -> None:
     """Raise a HubError unless the text begins with the metadata by which the Hub lists and loads a model.
 
-    This needs no network; the Hub validates them again at every push.
+    This needs no network; the Hub validates them again before every push.
     """
     remedy = f"write {', '.join(METADATA)} between two lines of --- at its top, as in model_card.md"
     try:
@@ -480,6 +582,19 @@ def check_card(text: str) -> None:
         raise HubError(f"The metadata of {CARD} cannot be read ({_one_line(error)}): {remedy}.") from error
     if missing := [name for name in METADATA if not data.get(name)]:
         raise HubError(f"The metadata of {CARD} lack {', '.join(missing)}: {remedy}.")
+
+
+def _validate_card(card: str, repo_id: str) -> None:
+    """Have the Hub validate the metadata. ModelCard.validate, which does so, does it elsewhere than HF_ENDPOINT says
+    in older releases."""
+    check_card(card)
+    content = {"content": card, "repoType": "model"}
+
+    def request():
+        url = f"{HfApi().endpoint}/api/validate-yaml"
+        hf_raise_for_status(get_session().post(url, json=content, headers=build_hf_headers(token=False)))
+
+    _call(request, repo_id)
 
 
 def _facts_of(folder: Path) -> dict:
@@ -512,16 +627,32 @@ def _count_parameters(folder: Path) -> int:
     return total
 
 
-def _public(value):
-    """The value without what is nobody's business: where files lie on this machine, and tokens."""
+def _public(value, is_text: bool = True):
+    """The value without what is nobody's business: where files lie on this machine, and tokens.
+
+    Of a path that is a value as a whole, in a mapping say, the name stays; in a text, its last directory and the rest.
+    """
     if isinstance(value, dict):
-        return {key: _public(each) for key, each in value.items()}
+        return {key: _public(each, is_text=False) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_public(each) for each in value]
+        return [_public(each, is_text=False) for each in value]
     if not isinstance(value, (str, Path)):
         return value
-    text = re.sub(r"\bhf_\w{20,}", "hf_***", str(value))
-    return re.sub(r"(?<![\w.:/\\~])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+", "", text)
+    text = TOKEN.sub("hf_***", str(value))
+    if not is_text and (path := VALUE.fullmatch(text)):
+        return (path[1] or "") + re.split(r"[/\\]+", path[2].rstrip("/\\"))[-1]
+    return DIRECTORIES.sub("", text)
+
+
+def _public_command(command: str | None) -> str | None:
+    """The same for a command line, word by word; words that may stay keep their quotes."""
+
+    def public(word: re.Match) -> str:
+        plain = re.sub(r"""['"]|\\(?=\s)""", "", word[0])  # not shlex.split, which drops the separators of Windows
+        shown = _public(plain, is_text=False)
+        return word[0] if shown == plain else shlex.quote(shown)
+
+    return command and WORD.sub(public, TOKEN.sub("hf_***", command))
 
 
 def _read_card(folder: Path) -> str | None:
@@ -542,7 +673,12 @@ def main(argv=None) -> None:
     push.add_argument("--self_contained", action="store_true", help="with the code, for those without dfu_diffusers")
     push.add_argument("--revision", help="branch to push to, made unless it is there (default: main)")
     push.add_argument("--tag", help="new name by which this state will be found for good")
-    push.add_argument("--dry_run", action="store_true", help="list the files with their sizes, and send nothing")
+    push.add_argument(
+        "--include", nargs="+", default=[], metavar="GLOB", help="more files of the folder, for example 'checkpoint-*'"
+    )
+    push.add_argument(
+        "--dry_run", action="store_true", help="list the files with their sizes, and have the Hub look at the card"
+    )
     change = commands.add_parser(
         "convert", help="write its weights in another precision", description=convert.__doc__.splitlines()[0]
     )
@@ -559,13 +695,24 @@ def main(argv=None) -> None:
 
 
 def _push(args) -> None:
-    files = files_to_push(args.folder, args.self_contained)
-    _list(files)
-    if not args.dry_run:
-        repo_id = check_push(args.repo_id, args.private)
-        print(
-            push_folder(args.folder, repo_id, self_contained=args.self_contained, revision=args.revision, tag=args.tag)
-        )
+    _list(files_to_push(args.folder, args.self_contained, args.include))
+    card = _read_card(Path(args.folder))
+    if args.dry_run:
+        return _look_at(card, args.repo_id)
+    repo_id = check_push(args.repo_id, args.private, tag=args.tag, card=card)
+    how = {name: vars(args)[name] for name in ("self_contained", "revision", "tag", "include")}
+    print(push_folder(args.folder, repo_id, **how))
+
+
+def _look_at(card: str | None, repo_id: str) -> None:
+    """Have the Hub validate the card, if it can be reached."""
+    try:
+        if card is not None:
+            _validate_card(card, repo_id)
+    except HubError as error:
+        if not isinstance(error.__cause__, NO_ANSWER) or _status(_cause(error.__cause__)):
+            raise
+        print(f"The Hub has not seen the card: {error}")
 
 
 def _convert(args) -> None:

@@ -75,13 +75,25 @@ def largest_difference(model: DFUModel, session: onnxruntime.InferenceSession, b
     return (torch.from_numpy(output) - model(**inputs).sample).abs().max().item()
 
 
+def resolution(text: str) -> tuple[int, int]:
+    try:
+        return parse_resolution(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(CHECKPOINT), help="folder or Hub id of a saved pipeline (default: portraits)")
     add("--output", type=Path, default=Path("outputs/dfu.onnx"), help="default: %(default)s")
     add(
-        "--sizes", nargs="+", metavar="SIZE", default=["32", "64x48", "33x57"], help="HEIGHT or HEIGHTxWIDTH, to check"
+        "--sizes",
+        nargs="+",
+        type=resolution,
+        metavar="SIZE",
+        default=[(32, 32), (64, 48), (33, 57)],
+        help="HEIGHT or HEIGHTxWIDTH, to check (default: 32 64x48 33x57)",
     )
     add("--batch_size", type=int, default=2, help="of the check")
     return parser
@@ -89,11 +101,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> None:
     args = get_parser().parse_args(argv)
-    sizes = [parse_resolution(size) for size in args.sizes]
     model = DFUModel.from_pretrained(args.model, subfolder="unet")
     write_onnx(model, args.output)
     session = onnxruntime.InferenceSession(args.output, providers=["CPUExecutionProvider"])
-    differences = {size: largest_difference(model, session, args.batch_size, *size) for size in sizes}
+    differences = {size: largest_difference(model, session, args.batch_size, *size) for size in args.sizes}
     for (height, width), difference in differences.items():
         print(f"{height}x{width}: largest difference from torch {difference:.1e}")
     if not all(difference <= TOLERANCE for difference in differences.values()):  # NaN is no agreement

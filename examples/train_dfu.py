@@ -158,6 +158,14 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--max_nonfinite_steps", type=count, default=10, help="stop after so many in a row")
     training.add_argument("--p_mean", type=float, default=-1.2, help="mean of ln sigma")
     training.add_argument("--p_std", type=positive, default=1.2, help="standard deviation of ln sigma")
+    training.add_argument(
+        "--noise_shift", type=float, default=0.0,
+        help="1: noise levels in proportion to the side (p_mean is that of the largest resolution)",
+    )  # fmt: skip
+    training.add_argument(
+        "--label_dropout", type=number(float, 0, 1), default=0.0,
+        help="share of images without their label, for classifier-free guidance (0.1, say)",
+    )  # fmt: skip
     training.add_argument("--sigma_data", type=positive, help="of the images (default: 0.5, or --init_from's)")
     training.add_argument("--augment_probability", type=number(float, 0, 1), default=0.0, help="EDM uses 0.12")
     training.add_argument("--ema_halflife_images", type=positive, default=20_000, help="of the averaged weights")
@@ -186,6 +194,9 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--hub_revision", help="branch to push to (default: main)")
     output.add_argument("--hub_tag", help="a name for this state, such as v1.0")
     output.add_argument("--hub_self_contained", **SWITCH, help="with code: loads without dfu_diffusers")
+    output.add_argument("--hub_license", help="in the card, as the Hub names it: cc-by-4.0, say")
+    output.add_argument("--hub_advised_sizes", help='in the card: "16 to 96 px", say')
+    output.add_argument("--hub_limits", help="in the card: what the model is bad at")
     return parser
 
 
@@ -204,6 +215,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         given = [name for name in ("class_conditional", "random_crop", "random_flip", "cache_dir") if vars(args)[name]]
         if given:
             parser.error(f"--{given[0]} is for pictures of your own, but the portraits are drawn on the fly")
+    if args.label_dropout and not args.class_conditional:
+        parser.error("--label_dropout drops the labels of --class_conditional: give both, or neither")
     if args.random_crop and args.cache_dir:
         parser.error("--random_crop and --cache_dir: the cache holds images cropped already, so give one of them")
     if args.init_from and args.model_config:
@@ -349,6 +362,8 @@ class Data:
 
 def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
     """A new model for the data's classes and augmentation, or the one to fine-tune, which must fit them."""
+    if num_classes and args.label_dropout:
+        num_classes += 1  # the last one means no class
     wanted = {"num_class_embeds": num_classes, "num_augment_labels": config.get("num_augment_labels", 0)}
     if args.augment_probability:
         wanted["num_augment_labels"] = GeometricAugment.num_labels
@@ -357,7 +372,8 @@ def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
         if (args.init_from or given) and (given or None) != (value or None):
             raise ValueError(
                 f"{args.init_from or args.model_config} has {name}={given}, but with --class_conditional "
-                f"{args.class_conditional} and --augment_probability {args.augment_probability} it must be {value}."
+                f"{args.class_conditional}, --label_dropout {args.label_dropout} and --augment_probability "
+                f"{args.augment_probability} it must be {value}."
             )
     if not args.init_from:
         with torch.device("meta") if args.dry_run else contextlib.nullcontext():  # no weights to just count them
@@ -478,11 +494,18 @@ class Run:
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.averages = WeightAverages(self.accelerator, self.model, average_rules(args))
         augment = GeometricAugment(args.augment_probability) if args.augment_probability else None
-        self.loss = TrainingLoss(self.model, self.scheduler, **self.noise, augment=augment)
+        self.loss = TrainingLoss(
+            self.model, self.scheduler, **self.noise, augment=augment, label_dropout=args.label_dropout,
+            no_class=self.data.num_classes, noise_shift=args.noise_shift,
+            noise_size=math.sqrt(math.prod(np.broadcast_to(self.unet.config.sample_size, 2))),
+        )  # fmt: skip
         if self.checkpoint:
             self._resume()
+        card = hub.card_head(args.hub_license)
         if args.push_to_hub and self.main:
-            args.hub_model_id = hub.check_push(args.hub_model_id or self.output.name, args.hub_private)
+            args.hub_model_id = hub.check_push(
+                args.hub_model_id or self.output.name, args.hub_private, tag=args.hub_tag, card=card
+            )
 
     def describe(self) -> str:
         """Model, data, schedule and memory, as --dry_run prints them."""
@@ -715,6 +738,7 @@ class Run:
             final_loss=sum(recent) / len(recent) if recent else None,
             validation=last or None,
             self_contained=args.hub_self_contained,
+            **{name: vars(args)[f"hub_{name}"] for name in ("license", "advised_sizes", "limits")},
             commit=facts["commit"],
         )
         write_atomically(self.output / "README.md", card)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shlex
 import socket
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from dfu_diffusers import DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.hub import (
     HubError,
+    card_head,
     check_card,
     check_push,
     convert,
@@ -113,6 +116,22 @@ def test_a_broken_configuration_is_refused(folder):
         files_to_push(folder)
 
 
+def test_more_files_go_along_if_asked_for(hub, folder):
+    more = ["checkpoint-2/model.safetensors", "checkpoint-2/optimizer.bin", "logs/events.out", "run.json"]
+    files_to_push(folder, include=["checkpoint-*", "**/events.out", "run.json"])
+    main(["push", str(folder), REPO, "--include", "checkpoint-*", "**/events.out", "run.json"])
+    pushed = hub.repos[REPO].files
+    assert pushed.keys() - {".gitattributes"} == dict(files_to_push(folder)).keys() | set(more)
+    assert all(pushed[name] == (folder / name).read_bytes() for name in more)
+
+
+@pytest.mark.parametrize("pattern", ["chekpoint-*", "../*.png", "/etc/*", "", "."])
+def test_patterns_that_match_nothing_of_the_folder(folder, pattern):
+    (folder.parent / "secret.png").write_text("not a picture of this model")
+    with pytest.raises(HubError, match=re.escape(f"holds no files that match {pattern!r}")):
+        files_to_push(folder, include=["logs", pattern])
+
+
 def test_pickled_weights_alone_are_refused(folder):
     (folder / WEIGHTS).unlink()
     with pytest.raises(HubError, match="unet, a component of the pipeline, holds no .*safetensors weights"):
@@ -137,7 +156,7 @@ def test_a_push_is_one_commit_of_what_belongs(hub, folder):
 def test_the_command_line_lists_then_pushes(hub, folder, capsys):
     main(["push", str(folder), REPO, "--dry_run"])
     listing = capsys.readouterr().out
-    assert hub.requests == [] and hub.repos == {}
+    assert hub.requests == ["POST /api/validate-yaml"] and hub.repos == {}
     assert all(path in listing and f"{size:,}" in listing for path, size in files_to_push(folder))
 
     main(["push", str(folder), REPO])
@@ -176,17 +195,28 @@ def test_a_self_contained_push_adds_the_code_and_leaves_the_folder(hub, folder, 
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     main(["push", str(folder), REPO, "--self_contained", "--dry_run"])
     listing = capsys.readouterr().out
-    assert all(path in listing for path in CODE) and hub.requests == []
+    assert all(path in listing for path in CODE) and hub.requests == ["POST /api/validate-yaml"]
     main(["push", str(folder), REPO, "--self_contained"])
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     repo = hub.repos[REPO]
     pushed = dict(files_to_push(folder, self_contained=True))
-    assert pushed == {path: len(content) for path, content in repo.files.items() if path != ".gitattributes"}
     assert pushed.keys() - dict(files_to_push(folder)).keys() == set(CODE)
+    assert pushed == {path: len(content) for path, content in repo.files.items() if path != ".gitattributes"}
 
     push_folder(folder, REPO)  # plain again
     assert not repo.files.keys() & set(CODE)
     assert json.loads(repo.files["model_index.json"])["unet"] == ["dfu_diffusers", "DFUModel"]
+
+
+def test_the_pipeline_pushes_itself(hub, pipe):
+    """By diffusers' own method, which takes no such option."""
+    pipe.push_to_hub("alone", self_contained=True, private=True)
+    repo = hub.repos["me/alone"]
+    assert repo.private and set(CODE) <= repo.files.keys()
+    assert json.loads(repo.files["model_index.json"])["_class_name"] == ["pipeline_dfu", "DFUPipeline"]
+    pipe.push_to_hub("plain", commit_message="Hello")  # the option holds for one call
+    repo = hub.repos["me/plain"]
+    assert not set(CODE) & repo.files.keys() and repo.commits[-1][1] == "Hello"
 
 
 def test_what_was_saved_self_contained_is_pushed_so(pipe, tmp_path):
@@ -196,6 +226,16 @@ def test_what_was_saved_self_contained_is_pushed_so(pipe, tmp_path):
     (tmp_path / "pipeline_dfu.py").unlink()
     with pytest.raises(HubError, match="names pipeline_dfu.py, which is not there.*self_contained=True"):
         files_to_push(tmp_path)
+
+
+def test_modules_that_the_named_ones_import_go_along(pipe, tmp_path):
+    DFUInpaintPipeline(**pipe.components).save_pretrained(tmp_path / "plain")
+    DFUInpaintPipeline(**pipe.components).save_pretrained(tmp_path / "alone", self_contained=True)
+    (tmp_path / "alone/secret.py").write_text("TOKEN = 1")
+    modules = {"pipeline_dfu_inpaint.py", "pipeline_dfu_super_resolution.py", *CODE}
+    for name in ("plain", "alone"):
+        pushed = dict(files_to_push(tmp_path / name, self_contained=True))
+        assert {path for path in pushed if path.endswith(".py")} == modules
 
 
 def test_modules_outside_of_the_folder_are_not_published(folder):
@@ -305,6 +345,17 @@ def test_a_tag_keeps_a_state(hub, folder, pipe, make_model):
     push_folder(folder, REPO, tag="v2")
     assert repo.tags["v1"] != repo.tags["v2"] == repo.branches["main"]
     assert np.array_equal(draw(load(revision="v1")), draw(pipe))
+
+
+def test_a_tag_in_use_is_found_before_anything_is_sent(hub, folder):
+    repo = hub.add_repo(REPO)
+    repo.tags["v1"] = repo.branches["main"]
+    with pytest.raises(HubError, match="has a tag v1 already"):
+        check_push(REPO, tag="v1")
+    with pytest.raises(SystemExit, match="has a tag v1 already"):
+        main(["push", str(folder), REPO, "--tag", "v1"])
+    assert len(repo.commits) == 1 and not any("/lfs" in request for request in hub.requests)
+    assert check_push(REPO, tag="v2") == check_push("fresh", tag="v1").replace("fresh", "tiny") == REPO
 
 
 def test_faults_while_tagging(hub, folder):
@@ -497,6 +548,45 @@ def test_no_placeholder_and_nothing_private_remains(folder):
     assert "output_dir: run 7\ncache: cache\nema: null\n" in card
 
 
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/scratch/ann/run 7", "run 7"),
+        ("/home/ann smith/My Data/faces", "faces"),
+        ("/home/ann smith/My Data/faces/", "faces"),
+        (r"C:\Users\Ann Smith\My Runs\run 7", "run 7"),
+        ("C:/Users/Ann Smith/run", "run"),
+        (r"\\server\Ann Smith\run", "run"),
+        ("~ann/private dir/run", "run"),
+        ("~/private dir/run", "run"),
+        ("file:///home/ann smith/run", "run"),
+    ],
+)
+def test_of_paths_names_remain(folder, path, name):
+    """In commands, options, lists and sentences."""
+    words = ["train_dfu.py", "--dir", path, f"--output_dir={path}", "--note", "a b"]
+    card = model_card(
+        TEMPLATE, folder, REPO,
+        command=shlex.join(words) + f' && echo "{path}" | tee \'a b\'',
+        options={"dir": path, "dirs": [path, 3]},
+        data=f"Pictures of {path}, twelve.",
+        limits=f'See "{path}".',
+    )  # fmt: skip
+    assert not any(text in card for text in ("ann", "Ann", "smith", "Smith", "private", "My", "server", "scratch"))
+    shown = shlex.join(["train_dfu.py", "--dir", name, f"--output_dir={name}", "--note", "a b"])
+    assert f"{shown} && echo {shlex.quote(name)} | tee 'a b'\n" in card
+    assert f"dir: {name}\ndirs: ['{name}', 3]\n" in card
+    end = "" if path[-1] != "/" else "/"
+    assert f"Pictures of {name}{end}, twelve." in card and f'See "{name}{end}".' in card
+
+
+def test_what_is_no_absolute_path_remains(folder):
+    text = "See <b>this</b> at https://x.y/a/b, me/faces, a / b / c, and/or ../x/y, 3/4 km/h."
+    command = "cd 'it is' && ls a\\ b \\\n   --data me/faces --p=0.5/0.1 > ../x/log.txt"
+    card = model_card(TEMPLATE, folder, REPO, data=text, command=command)
+    assert text in card and command in card
+
+
 def test_sections_without_facts_are_left_out(folder):
     for path in folder.glob("*.png"):
         path.unlink()
@@ -546,6 +636,57 @@ def test_results_that_are_none_are_refused():
         check_card(head + "model-index: [{name: tiny, results: [{task: 1}]}]\n---\n")
 
 
+@pytest.mark.parametrize("written_for", ["run", "me/other", "portraits"])
+def test_the_card_that_goes_up_loads_what_is_pushed(hub, folder, tmp_path, monkeypatch, written_for):
+    """Also one that was written before it had a place on the Hub: the trainer's, or the shipped model's own."""
+    hub.add_repo(REPO)
+    if written_for == "portraits":
+        card = (TEMPLATE.parent / "checkpoints/dfu-portraits/README.md").read_text()
+        assert 'from_pretrained("checkpoints/dfu-portraits")' in card
+    else:
+        card = model_card(TEMPLATE, folder, written_for, **FACTS)
+    card += '\nbase = DFUPipeline.from_pretrained("me/base")\n'  # another model's
+    (folder / "README.md").write_text(card)
+    without = 'pipe = DiffusionPipeline.from_pretrained("me/tiny"'
+
+    def pushed(**how) -> str:
+        push_folder(folder, REPO, **how)
+        _, files = hub.repos[REPO].at(how.get("revision") or "main")
+        text = files["README.md"].decode()
+        assert (folder / "README.md").read_text() == card and 'from_pretrained("me/base")' in text
+        if written_for == "run":
+            exec_snippets(text)
+        return text
+
+    def exec_snippets(text):
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            monkeypatch.chdir(tmp_path)
+            block = block.replace("generator=", "num_inference_steps=1, generator=").replace("me/base", "me/tiny")
+            exec(compile(block, "card", "exec"), {})
+
+    plain = pushed()
+    assert plain == re.sub(r"(pipe = DFUPipeline.from_pretrained\().*\)", r'\1"me/tiny")', card)
+    branch = pushed(revision="b/1")
+    assert branch == plain.replace(
+        'pipe = DFUPipeline.from_pretrained("me/tiny"', 'pipe = DFUPipeline.from_pretrained("me/tiny", revision="b/1"'
+    )
+    alone = pushed(revision="code", self_contained=True)
+    assert alone.count(f'{without}, revision="code", trust_remote_code=True)') == 1 and len(alone) > len(plain)
+    assert pushed(self_contained=True).count(f"{without}, trust_remote_code=True)") == 1
+
+    (folder / "README.md").write_text(alone)  # a download of that branch, pushed elsewhere
+    card = alone
+    assert pushed() == plain
+
+
+def test_a_card_without_our_code_goes_up_as_it_is(hub, folder):
+    hub.add_repo(REPO)
+    card = (folder / "README.md").read_text().replace("pipe = DFU", "model = DFU").replace("\n", "\r\n")
+    (folder / "README.md").write_bytes(card.encode())
+    push_folder(folder, REPO, self_contained=True)
+    assert hub.repos[REPO].files["README.md"] == card.encode()
+
+
 def test_a_class_conditional_model_is_called_with_a_class(folder):
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps({**config, "num_class_embeds": 10, "sample_size": [16, 24]}))
@@ -581,6 +722,35 @@ def test_a_card_without_metadata_is_refused_before_anything_is_sent(hub, folder,
     with pytest.raises(HubError, match=message):
         push_folder(folder, REPO)
     assert hub.requests == []
+
+
+def test_the_hub_validates_the_card_before_it_creates_the_repository(hub, folder, capsys):
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("license: apache-2.0", "license: 2"))
+    for more in (["--dry_run"], []):
+        with pytest.raises(SystemExit, match="must be a string"):
+            main(["push", str(folder), REPO, *more])
+    assert hub.repos == {}
+    (folder / "README.md").write_text("# A model")
+    for more in (["--dry_run"], []):
+        with pytest.raises(SystemExit, match="lack library_name"):
+            main(["push", str(folder), REPO, *more])
+    assert hub.repos == {}
+
+
+def test_a_dry_run_without_network(hub, folder, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    main(["push", str(folder), REPO, "--dry_run"])
+    assert "The Hub has not seen the card: me/tiny cannot be reached: offline mode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("license", ["Apache 2.0", "CC-BY-4.0", "", "a: b"])
+def test_licences_that_the_hub_does_not_know_by_that_name(folder, license):
+    with pytest.raises(HubError, match="names no licence as the Hub does: write cc-by-4.0"):
+        card_head(license)
+    with pytest.raises(HubError, match="names no licence"):
+        model_card(TEMPLATE, folder, REPO, license=license)
+    check_card(card_head("cc-by-nc-4.0"))
 
 
 def test_unknown_facts_are_refused(folder):

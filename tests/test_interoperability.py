@@ -1,10 +1,14 @@
 """DFUModel among other tools: PEFT, single files, torch.export, ONNX, compilers, offloading, diffusers' training."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import redraw
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler, modeling_dfu
@@ -180,6 +184,91 @@ def test_limits_of_lora_are_told(make_model, lora, tmp_path):
     assert not hasattr(other, "peft_config") and torch.equal(other(x, 0.1).sample, before)
 
 
+@pytest.mark.parametrize("modules, parameters", [EVERYTHING, (ATTENTION, [])], ids=["everything", "attention"])
+@pytest.mark.parametrize("bare", [False, True], ids=["second", "first"])
+def test_a_refused_lora_leaves_the_model_as_it_was(make_model, lora, tmp_path, modules, parameters, bare):
+    model, other, x = make_model(), make_model(block_out_channels=(8, 12, 12)), draw(1, 3, 8, 8)
+    model.add_adapter(lora(modules, parameters))
+    model.save_lora_adapter(tmp_path)
+    if not bare:
+        other.add_adapter(lora(modules, parameters), "first")
+        other.set_adapters("first", 0.7)
+    before = other(x, 0.1).sample
+    trained = {name for name, p in other.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="another configuration"):
+        other.load_lora_adapter(tmp_path, adapter_name="second")
+    assert torch.equal(other(x, 0.1).sample, before)
+    assert {name for name, p in other.named_parameters() if p.requires_grad} == trained
+    assert list(getattr(other, "peft_config", {})) == ([] if bare else ["first"])
+
+
+def test_lora_names_and_arguments_that_do_not_fit(make_model, lora, tmp_path):
+    model = make_model()
+    model.add_adapter(lora(*EVERYTHING), "style")
+    model.save_lora_adapter(tmp_path, "style")
+    with pytest.raises(ValueError, match="an adapter 'style' already"):
+        model.load_lora_adapter(tmp_path, adapter_name="style")
+    for wrong, kind, message in (
+        ({"prefix": "unet"}, ValueError, "without a prefix, but got prefix='unet'"),
+        ({"use_safetensors": False}, ValueError, "from safetensors"),
+        ({"hotswap": True}, TypeError, "takes no hotswap"),
+        ({"adaptername": "x", "weights_name": "y"}, TypeError, "takes no adaptername, weights_name"),
+    ):
+        with pytest.raises(kind, match=message):
+            make_model().load_lora_adapter(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("option", ["dora", "bias", "rslora"])
+def test_kinds_of_lora_on_layers_that_peft_knows(make_model, lora, tmp_path, option):
+    options = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}, "rslora": {"use_rslora": True}}[option]
+    model, fresh, x = make_model(), make_model(), draw(1, 3, 8, 9)
+    model.add_adapter(lora(ATTENTION + CONV_3X3, **options))
+    model.save_lora_adapter(tmp_path)
+    fresh.load_lora_adapter(tmp_path)
+    assert torch.equal(fresh(x, 0.1).sample, model(x, 0.1).sample)
+
+
+def test_a_lora_without_metadata(make_model, lora, tmp_path):
+    """As older releases of diffusers wrote them: ranks are read off the shapes, and alpha is the rank."""
+    model, x = make_model(), draw(1, 3, 8, 9)
+    model.add_adapter(lora(ATTENTION + CONV_3X3))
+    model.peft_config["default"].lora_alpha = 2
+    model.set_adapters("default", 0.5)
+    model.save_lora_adapter(tmp_path)
+    fresh = make_model()
+    fresh.load_lora_adapter(load_file(tmp_path / "pytorch_lora_weights.safetensors"))
+    assert torch.equal(fresh(x, 0.1).sample, model(x, 0.1).sample)
+
+
+def test_metadata_cannot_ask_for_more_than_lora_layers(make_model, lora, tmp_path):
+    model, fresh, x = make_model(), make_model(), draw(1, 3, 8, 9)
+    model.add_adapter(lora(ATTENTION))
+    model.save_lora_adapter(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+
+    def save(**changes):
+        text = {"format": "pt", "lora_adapter_metadata": json.dumps({**metadata, **changes})}
+        save_file(load_file(path), path, metadata=text)
+
+    for odd in (
+        {"megatron_config": {"x": 1}}, {"loftq_config": {"loftq_bits": 4}}, {"layer_replication": [[0, 1]]},
+        {"bias": "all"}, {"peft_type": "LOKR"}, {"modules_to_save": ["conv_in"]}, {"an_option_of_tomorrow": 1},
+    ):  # fmt: skip
+        save(**odd)
+        with pytest.raises(TypeError, match=f"ask for {next(iter(odd))}, and DFUModel reads r, lora_alpha"):
+            fresh.load_lora_adapter(path)
+
+    # What only describes the file is not heeded: "pissa" would rewrite the model's own weights.
+    remarks = {"init_lora_weights": "pissa", "auto_mapping": {"parent_library": "evil"}, "peft_version": "99"}
+    save(**remarks, an_option_of_tomorrow=None)
+    fresh.load_lora_adapter(path)
+    assert torch.equal(fresh(x, 0.1).sample, model(x, 0.1).sample)
+    fresh.unload_lora()
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), make_model().parameters()))
+
+
 def test_lora_is_never_unpickled(make_model, lora, tmp_path):
     model = make_model()
     model.add_adapter(lora(ATTENTION))
@@ -325,6 +414,16 @@ def test_onnx_of_layers(tmp_path):
         x = draw(images, 2, *size)
         (result,) = session.run(None, {"x": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(result), layers(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["0", "32x", "big"])
+def test_sizes_that_are_none_to_check_an_export_at(capsys, wrong):
+    pytest.importorskip("onnxruntime")
+    from examples import export_onnx
+
+    with pytest.raises(SystemExit):
+        export_onnx.main(["--sizes", "32", wrong])
+    assert f"in whole pixels, such as 64 or 64x96, not '{wrong}'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

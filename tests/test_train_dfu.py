@@ -316,6 +316,19 @@ def test_classes_of_folders(tmp_path, photos):
         train(tmp_path / "plain", "--train_data_dir", photos, "--model_config", config)
 
 
+def test_dropped_labels_have_a_class_of_their_own(tmp_path, photos):
+    options = ["--train_data_dir", photos, "--class_conditional", "--label_dropout", "0.5", "--noise_shift", "1"]
+    train(tmp_path / "run", *options)
+    pipe = DFUPipeline.from_pretrained(tmp_path / "run")
+    assert pipe.unet.config.num_class_embeds == 3, "the cat, the dog, and no class"
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(num_inference_steps=2, class_labels=0, output_type="pt")
+    plain, guided = (
+        pipe(generator=torch.Generator().manual_seed(0), guidance_scale=scale, **options).images for scale in (1, 3)
+    )
+    assert guided.isfinite().all() and not torch.equal(plain, guided)
+
+
 def test_a_stream_with_nothing_left_and_one_that_breaks(tmp_path, photos):
     stream = ["--train_data_dir", photos, "--streaming"]
     with pytest.raises(SystemExit, match="holds no image to train on: lower --num_validation_images"):
@@ -519,6 +532,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         (["--model_config", "nowhere.json"], "nowhere.json is not a file; presets"),
         (["--random_flip"], "--random_flip is for pictures of your own"),
         (["--class_conditional"], "--class_conditional is for pictures of your own"),
+        (["--label_dropout", "0.1"], "--label_dropout drops the labels of --class_conditional: give both"),
         (["--streaming"], "--streaming needs --dataset_name"),
         (["--dataset_name", "a", "--train_data_dir", "b"], "give one of them"),
         (["--train_data_dir", "b", "--cache_dir", "c", "--random_crop"], "give one of them"),
@@ -642,7 +656,8 @@ def test_bf16_learns_about_the_same(tmp_path):
 
 
 def test_push_to_the_hub(tmp_path, hub):
-    train(tmp_path, "--push_to_hub", "--hub_model_id", "tiny-portraits", "--hub_private")
+    about = ["--hub_license", "cc-by-4.0", "--hub_advised_sizes", "6 to 9 px", "--hub_limits", "Eyes are blurred."]
+    train(tmp_path, "--push_to_hub", "--hub_model_id", "tiny-portraits", "--hub_private", *about)
     ((name, repo),) = hub.repos.items()
     assert name.endswith("/tiny-portraits") and repo.private
     assert {"checkpoint-4", "run.json"} <= {path.name for path in tmp_path.iterdir()}
@@ -650,14 +665,25 @@ def test_push_to_the_hub(tmp_path, hub):
     pipeline |= {"unet/diffusion_pytorch_model.safetensors"}
     beside = {"README.md", "samples.png", "loss.png", "loss.csv", "validation.csv"}
     assert set(repo.files) - {".gitattributes"} == pipeline | beside
-    assert f'DFUPipeline.from_pretrained("{name}")' in repo.files["README.md"].decode()
+    card = repo.files["README.md"].decode()
+    assert f'DFUPipeline.from_pretrained("{name}")' in card
+    assert all(text in card for text in ("license: cc-by-4.0\n", "Advised are 6 to 9 px.", "Eyes are blurred."))
 
 
 def test_a_push_that_cannot_succeed_ends_the_run_before_it_begins(tmp_path, hub):
     hub.fail("whoami", 401, times=99)
     with pytest.raises(SystemExit, match="log in|login|token"):
         train(tmp_path / "run", "--push_to_hub")
-    assert not (tmp_path / "run").exists()
+    hub.faults.clear()
+    hub.add_repo("me/run").tags["v1"] = "x"
+    with pytest.raises(SystemExit, match="me/run has a tag v1 already"):
+        train(tmp_path / "run", "--push_to_hub", "--hub_tag", "v1")
+    with pytest.raises(SystemExit, match="'CC BY' names no licence as the Hub does"):
+        train(tmp_path / "run", "--hub_license", "CC BY")
+    hub.fail("validate-yaml", 400)
+    with pytest.raises(SystemExit, match="me/new could not be pushed"):
+        train(tmp_path / "run", "--push_to_hub", "--hub_model_id", "new", "--hub_license", "a-licence-of-mine")
+    assert not (tmp_path / "run").exists() and hub.repos.keys() == {"me/run"}
 
 
 def test_the_data_sets_of_the_examples_can_be_made_and_trained_on(tmp_path):
