@@ -11,23 +11,30 @@ Runs (name-seed), all on procedural portraits, with the same images, noise and n
     dual-N     DFU, only N px                   spectral   the same without 3x3 convolutions (the paper's FNO-UNet)
     upsampled  `dual` fine-tuned with images    wide       `spatial` with as many parameters as `dual`
                enlarged to 5/3 of its largest size (section 4 of arXiv 2401.06144)
-Sampling at the largest training size and enlarging is a row beside each. --budget gpu trains to 64 px and tests to 256.
+Sampling at the largest training size and enlarging is a row beside each. --budget gpu trains to 64 px, tests to 256.
 """
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from dfu_diffusers import DFUModel
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x"}
-FAR = 2  # beyond this factor only the headline runs are sampled, and fewer images of them
+FAR = 2  # beyond this factor only some runs are sampled
+FAR_RUNS = ["dual-0", "spatial-0", "spectral-0", "upsampled-0"]
+COLUMNS = {"fd": "fidelity: Frechet distance", "coherence": "coherence: Frechet distance after averaging down"}
 CONFIG = {
     "block_out_channels": [32, 64, 64],
     "layers_per_block": 1,
@@ -43,9 +50,7 @@ class Budget:
     steps: int
     batch_size: int
     fine_tuning_steps: int
-    images: int  # sampled at each size up to FAR times the largest
-    far_images: int
-    inference_steps: int = 18
+    images: int  # sampled at each size
 
     @property
     def largest(self) -> int:
@@ -55,10 +60,7 @@ class Budget:
         return [round(factor * self.largest) for factor in FACTORS if (factor > FAR) == far]
 
 
-BUDGETS = {
-    "cpu": Budget((16, 24, 32), 1500, 32, 200, 100, 40),
-    "gpu": Budget((32, 48, 64), 6000, 128, 600, 2000, 500),
-}
+BUDGETS = {"cpu": Budget((16, 24, 32), 1500, 32, 200, 100), "gpu": Budget((32, 48, 64), 6000, 128, 600, 2000)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,19 +142,210 @@ def train(names: list[str], budget: Budget, output: Path) -> None:
         subprocess.run(training_command(run, budget, output, int(run.rsplit("-", 1)[1])), check=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(names: list[str], budget: Budget, output: Path, processes: int) -> None:
+    """Samples and metrics of the finished runs among `names`; what was sampled before is kept."""
+    finished = [run for run in names if (output / run / "model_index.json").exists()]
+    for part, chosen in (("near", finished), ("far", [run for run in finished if run in FAR_RUNS])):
+        options = {
+            "model": [output / run for run in chosen],
+            "sizes": budget.sizes(far=part == "far"),
+            "train_size": budget.largest,
+            "num_images": budget.images,
+            "dtype": "bfloat16",
+            "batch_size": 20,
+            "output_dir": output / part,
+        }
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        subprocess.run(launch + command("evaluate_dfu.py", options)[1:], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def read_rows(output: Path) -> list[dict]:
+    """One dict for each run, way of drawing and size: name, kind, method, size, factor and the figures."""
+    rows = []
+    for part in ("near", "far"):
+        for row in json.loads((output / part / "results.json").read_text())["rows"]:
+            run, _, method = row["name"].partition(", ")
+            kind = run.rsplit("-", 1)[0] if method or row["method"] == "model" else run
+            size = int(row["size"].split("x")[0])
+            entry = {"run": run, "kind": kind, "method": row["method"], "size": size, "factor": row["factor"]}
+            rows.append(entry | {"seconds": row["seconds_per_image"], **row["figures"]})
+    return rows
+
+
+def by_kind(rows: list[dict], column: str) -> dict[str, dict[int, list[float]]]:
+    """Values of a column, one for each seed, by name of the row and size. `dual, lanczos` is upsampling."""
+    values = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        name = row["kind"] if row["method"] in ("model", "real") else f"{row['kind']}, {row['method']}"
+        if column in row and (row["method"] != "fourier" or row["kind"] == "dual"):
+            values[name][row["size"]].append(row[column])
+    return values
+
+
+def table(rows: list[dict], column: str, heading: str, budget: Budget) -> str:
+    sizes = budget.sizes(far=False) + budget.sizes(far=True)
+    factors = dict(zip(sizes, FACTORS.values()))
+    values = by_kind(rows, column)
+    sizes = [size for size in sizes if any(size in row for row in values.values())]
+    lines = [f"| {heading} | " + " | ".join(f"{size} px, {factors[size]}" for size in sizes) + " |"]
+    lines.append("|---" * (len(sizes) + 1) + "|")
+    for name, row in values.items():
+        cells = [" / ".join(f"{value:.3g}" for value in row.get(size, [])) for size in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path, largest: int) -> None:
+    """Fidelity and coherence against size; a line for each network, its mean, and a dot for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(COLUMNS), figsize=(5 * len(COLUMNS), 4))
+    for axis, (column, heading) in zip(axes, COLUMNS.items()):
+        for number, (name, values) in enumerate(by_kind(rows, column).items()):
+            sizes, style = sorted(values), "k--" if name == "real" else f"C{number % 10}"
+            axis.plot(sizes, [mean(values[size]) for size in sizes], style, label=name)
+            dots = [(size, value) for size in sizes for value in values[size]]
+            axis.plot(*zip(*dots), style[:2].rstrip("-"), marker=".", linestyle="none")
+        axis.axvline(largest, color="0.8", zorder=0)
+        axis.set(title=heading, xlabel="size, px (grey: largest in training)", yscale="log")
+    axes[-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def picture(output: Path, budget: Budget, seeds: int = 3, cell: int = 128) -> Image.Image:
+    """The same seeds from 1x to 4x: sampled by `dual`, enlarged bilinearly from 1x, and sampled by `spatial`."""
+    sizes = budget.sizes(far=False) + budget.sizes(far=True)
+    kinds, margin = ("dual-0", "dual-0, enlarged", "spatial-0"), 16
+    sheet = Image.new("RGB", (len(sizes) * (cell + 2), margin + seeds * (3 * (cell + 2) + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, size in enumerate(sizes):
+        draw.text((column * (cell + 2) + 2, 2), f"{size} px", fill="black")
+        for seed in range(seeds):
+            for line, kind in enumerate(kinds):
+                enlarged = kind.endswith("enlarged")
+                image = sample(output, kind.removesuffix(", enlarged"), sizes[0] if enlarged else size, seed)
+                if enlarged:
+                    image = image.resize((size, size), Image.Resampling.BILINEAR)
+                place = (column * (cell + 2), margin + seed * (3 * (cell + 2) + 8) + line * (cell + 2))
+                sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), place)
+    return sheet
+
+
+def sample(output: Path, run: str, size: int, seed: int) -> Image.Image:
+    """Image number `seed` of a run, as `evaluate` kept it."""
+    for part in ("near", "far"):
+        for path in sorted((output / part / "samples" / run / f"{size}x{size}").glob("*.npz")):
+            with np.load(path) as batch:
+                found = np.flatnonzero(batch["indices"] == seed)
+                if len(found):
+                    return Image.fromarray(batch["pixels"][found[0]])
+    raise SystemExit(f"There is no sample of {run} at {size} px: run `evaluate` first.")
+
+
+def claims(rows: list[dict], budget: Budget) -> str:
+    """The claims of the paper and of this package, each with the figures that decide it."""
+    one, third, two_thirds, two = budget.sizes(far=False)
+    values = {column: by_kind(rows, column) for column in COLUMNS}
+    single = f"dual-{budget.largest}"
+    compared = [
+        ("more coherent than the UNet", "coherence", "dual", "spatial", (third, two_thirds, two)),
+        ("more faithful than the UNet", "fd", "dual", "spatial", (one, third, two_thirds, two)),
+        ("more coherent than the FNO-UNet", "coherence", "dual", "spectral", (third, two_thirds, two)),
+        ("more faithful than the FNO-UNet", "fd", "dual", "spectral", (one, third, two_thirds, two)),
+        ("better than a UNet of as many parameters: coherence", "coherence", "dual", "wide", (two_thirds, two)),
+        ("better than a UNet of as many parameters: fidelity", "fd", "dual", "wide", (one, two_thirds, two)),
+        ("several training sizes beat the largest alone: coherence", "coherence", "dual", single, (two_thirds, two)),
+        ("several training sizes beat the largest alone: fidelity", "fd", "dual", single, (one, two_thirds, two)),
+        ("fine-tuning with enlarged images helps at 1.66x: fidelity", "fd", "upsampled", "dual", (two_thirds,)),
+        (
+            "fine-tuning with enlarged images helps at 1.66x: coherence",
+            "coherence",
+            "upsampled",
+            "dual",
+            (two_thirds,),
+        ),
+        (
+            "sampling directly beats enlarging: coherence",
+            "coherence",
+            "dual",
+            "dual, lanczos",
+            (third, two_thirds, two),
+        ),
+        ("sampling directly beats enlarging: fidelity", "fd", "dual", "dual, lanczos", (third, two_thirds, two)),
+    ]
+    lines = ["| claim | measure | here | reproduced |", "|---|---|---|---|"]
+    for claim, column, ours, theirs, sizes in compared:
+        found = [(size, values[column][ours][size], values[column][theirs][size]) for size in sizes]
+        cells = "; ".join(f"{size} px {numbers(a)} against {numbers(b)}" for size, a, b in found)
+        lines.append(f"| {claim} | {COLUMNS[column]} | {cells} | {verdict(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def numbers(values: list[float]) -> str:
+    return " / ".join(f"{value:.3g}" for value in values)
+
+
+def verdict(found: list[tuple[int, list[float], list[float]]]) -> str:
+    """ "yes" where every seed beats every seed of the other, "no" the other way round, "mixed" otherwise."""
+    better = [max(ours) < min(theirs) for _, ours, theirs in found]
+    worse = [min(ours) > max(theirs) for _, ours, theirs in found]
+    return "yes" if all(better) else "no" if all(worse) else "mixed"
+
+
+def report(output: Path, budget: Budget, results: Path) -> None:
+    rows = read_rows(output)
+    facts = json.loads((output / "near" / "results.json").read_text())
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(results / "experiment.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, results / "experiment_curves.png", budget.largest)
+    picture(output, budget).save(results / "experiment_samples.png")
+    setting = (
+        f"Trained at {', '.join(map(str, budget.resolutions))} px for {budget.steps:,} steps of {budget.batch_size}; "
+        f"{budget.images} images a size from seeds 0 to {budget.images - 1}, 18 Heun steps in bfloat16; "
+        f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit'][:7]}."
+    )
+    parts = [setting, *(table(rows, column, heading, budget) for column, heading in COLUMNS.items())]
+    text = "\n".join([*parts, claims(rows, budget)])
+    (results / "experiment.md").write_text(f"# Beyond the training sizes\n\n{text}", encoding="utf-8")
+    print(text)
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", "evaluate", "report"])
     parser.add_argument("runs", nargs="*", help="names of runs (default: all)")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="that share an evaluation")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/experiment"))
+    parser.add_argument("--results_dir", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
     unknown = set(args.runs) - set(runs(budget))
     if unknown:
         parser.error(f"no such run: {', '.join(sorted(unknown))}; there are {', '.join(runs(budget))}")
     names = args.runs or runs(budget)
-    train(names, budget, args.output_dir)
+    if args.stage == "train":
+        train(names, budget, args.output_dir)
+    elif args.stage == "evaluate":
+        evaluate(names, budget, args.output_dir, args.processes)
+    else:
+        report(args.output_dir, budget, args.results_dir)
 
 
 if __name__ == "__main__":

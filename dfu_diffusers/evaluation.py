@@ -94,28 +94,28 @@ class ModelSource:
     Args:
         pipe: a `DFUPipeline`, its scheduler included.
         steps: `num_inference_steps`.
-        nested_noise: `noise(seed, height, width)`, unit noise whose low modes agree at all sizes; None for plain one.
+        nested_noise: noise whose low Fourier modes agree at all sizes, see the pipeline; otherwise plain one.
+        options: more arguments of the pipeline, such as `strategy`.
     """
 
-    def __init__(self, pipe, steps: int, nested_noise: Callable[[int, int, int], torch.Tensor] | None = None):
-        self.pipe, self.steps, self.nested_noise = pipe, steps, nested_noise
+    def __init__(self, pipe, steps: int, nested_noise: bool = True, **options):
+        self.pipe, self.steps, self.nested_noise, self.options = pipe, steps, nested_noise, options
         self.digest = weights_digest(pipe.unet)
 
     def key(self, size: Size) -> dict:
         config = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
         name = f"{type(self.pipe.scheduler).__name__} {_digest(json.dumps(config, sort_keys=True).encode())}"
         noise = "nested" if self.nested_noise else "plain"
-        return {"weights": self.digest, "steps": self.steps, "scheduler": name, "noise": noise}
+        return {"weights": self.digest, "steps": self.steps, "scheduler": name, "noise": noise, **self.options}
 
     def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
         """(n, h, w, c) uint8."""
         height, width = size
         classes = self.pipe.unet.config.num_class_embeds
-        latents = self.nested_noise and torch.stack([self.nested_noise(seed, height, width) for seed in indices])
         images = self.pipe(
             batch_size=len(indices), height=height, width=width, num_inference_steps=self.steps,
-            class_labels=[seed % classes for seed in indices] if classes else None, latents=latents,
-            generator=[torch.Generator().manual_seed(seed) for seed in indices], output_type="latent",
+            class_labels=[seed % classes for seed in indices] if classes else None, nested_noise=self.nested_noise,
+            generator=[torch.Generator().manual_seed(seed) for seed in indices], output_type="latent", **self.options,
         ).images  # fmt: skip
         if not images.isfinite().all():
             raise EvaluationError(f"The model gives pixels that are not finite at {format_resolution(size)} px.")

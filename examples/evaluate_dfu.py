@@ -2,7 +2,7 @@
 """Measure DFU models at sizes they were and were not trained on, beside upsampling and real images.
 
     python examples/evaluate_dfu.py --sizes 64 96 64x96 --num_images 256                 # the shipped portraits
-    accelerate launch examples/evaluate_dfu.py --model outputs/dual outputs/unet --sizes 64 96 128 --nested_noise
+    accelerate launch examples/evaluate_dfu.py --model outputs/dual outputs/unet --sizes 64 96 128
     accelerate launch examples/evaluate_dfu.py --model me/ffhq --reference_dir FFHQ --extractor inception
 
 Each model draws --num_images images at each size, from seeds --seed, --seed + 1, ... They depend on neither the number
@@ -56,7 +56,6 @@ from dfu_diffusers.reports import write_atomically
 from dfu_diffusers.resolutions import Size, format_resolution
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # as a script it lies beside the other examples
-from examples.demo import noise_of_portrait  # noqa: E402
 from examples.generate_dfu import CHECKPOINT  # noqa: E402
 from examples.train_dfu import count, device_name, git_commit, natural, resolution  # noqa: E402
 
@@ -88,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_images", type=count, default=1000, help="of each model and size, and of references")
     add("--seed", type=natural, default=0, help="of the first image")
     add("--num_inference_steps", type=count, default=18)
-    add("--nested_noise", action="store_true", help="initial noise whose low Fourier modes agree at all sizes")
+    add("--plain_noise", action="store_true", help="other noise at each size, in place of one whose low modes agree")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models, in sampling")
     add("--batch_size", type=count, default=32, help="images at once in each process")
 
     references = parser.add_argument_group("references (default: held-out procedural portraits)")
@@ -168,8 +168,6 @@ class Evaluation:
         grown = [tuple(round(factor * side) for side in self.training_size) for factor in FACTORS]
         self.sizes = sorted(set(args.sizes or grown), key=lambda size: (math.prod(size), size))
         channels = [config["in_channels"] for config in configs]
-        if args.nested_noise and set(channels) != {3}:
-            raise EvaluationError(f"--nested_noise is for models of 3 channels, but these have {channels}.")
         self.features = self._features()
         self.reference_source, self.data = self._references(channels)
 
@@ -235,9 +233,9 @@ class Evaluation:
 
     def _collect_model(self, model: str, label: str) -> list[Row]:
         args, seed = self.args, self.args.seed
-        pipe = DFUPipeline.from_pretrained(model).to(self.accelerator.device)
+        pipe = DFUPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype)).to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        source = ModelSource(pipe, args.num_inference_steps, noise_of_portrait if args.nested_noise else None)
+        source = ModelSource(pipe, args.num_inference_steps, nested_noise=not args.plain_noise)
         folder = args.output_dir / "samples" / label.replace("/", "--")
         beyond = [size for size in self.sizes if self._coarse(size)]
         needed = bool(beyond) or ("agreement" in args.metrics and self.sizes != [self.training_size])
@@ -278,8 +276,9 @@ class Evaluation:
 
     def _protocol(self) -> str:
         extractor = f"{self.features.extractor.name}, " if self.features else ""
-        noise = ", nested noise" if self.args.nested_noise else ""
-        return f"{extractor}{self.args.num_images} images, {self.args.num_inference_steps} steps{noise}"
+        noise = ", plain noise" if self.args.plain_noise else ""
+        dtype = "" if self.args.dtype == "float32" else f", {self.args.dtype}"
+        return f"{extractor}{self.args.num_images} images, {self.args.num_inference_steps} steps{noise}{dtype}"
 
     def _facts(self, rows: list[Row]) -> dict:
         options = {name: _plain(value) for name, value in sorted(vars(self.args).items())}

@@ -101,10 +101,10 @@ def photos(tmp_path):
 
 def test_a_run_leaves_table_curves_sheet_and_a_valid_card(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--sizes", "16", "20x31", "--update_model_card", "--nested_noise"]
+    options = ["--sizes", "16", "20x31", "--update_model_card", "--plain_noise"]
     evaluate(model, tmp_path, *options)
     facts = json.loads((tmp_path / "results.json").read_text())
-    assert facts["training_size"] == "16x16" and facts["processes"] == 1 and "--nested_noise" in facts["command"]
+    assert facts["training_size"] == "16x16" and facts["processes"] == 1 and "--plain_noise" in facts["command"]
     names = [(row["size"], row["name"]) for row in facts["rows"]]
     beyond = ["tiny", "tiny, lanczos", "tiny, fourier", "real"]
     assert names == [("16x16", "tiny"), ("16x16", "real")] + [("20x31", name) for name in beyond]
@@ -123,7 +123,7 @@ def test_a_run_leaves_table_curves_sheet_and_a_valid_card(tmp_path, model, monke
     hub.check_card(text)
     results = hub.ModelCard(text).data.eval_results
     assert "Text that stays." in text and len({result.metric_name for result in results}) == len(results) == 20
-    protocol = "(projection, 12 images, 2 steps, nested noise)"
+    protocol = "(projection, 12 images, 2 steps, plain noise)"
     value = next(each.metric_value for each in results if each.metric_name == f"FD at 20x31 px {protocol}")
     assert value == figures(tmp_path)["tiny", "20x31"]["fd"]
     evaluate(model, tmp_path, *options, "--metrics", "fd")  # nothing is drawn, none lost
@@ -188,10 +188,10 @@ def test_an_interrupted_run_goes_on(tmp_path, plain, model, monkeypatch):
     assert_same(tmp_path, plain)
 
 
-def test_noise_may_be_nested(tmp_path, model):
+def test_noise_is_nested_unless_it_shall_be_plain(tmp_path, model):
     options = ["--metrics", "agreement", "--sizes", "24", "--num_images", "4"]
-    evaluate(model, tmp_path / "plain", *options)
-    evaluate(model, tmp_path / "nested", *options, "--nested_noise")
+    evaluate(model, tmp_path / "plain", *options, "--plain_noise")
+    evaluate(model, tmp_path / "nested", *options)
     plain, nested = (figures(tmp_path / name)["tiny", "24x24"]["agreement"] for name in ("plain", "nested"))
     assert nested > plain
 
@@ -204,8 +204,9 @@ def test_noise_may_be_nested(tmp_path, model):
     [
         (["--num_inference_steps", "3"], "steps 2 (asked for: 3)"),
         (["--seed", "1"], r"images [0, 11] (asked for: [1, 12])"),
-        (["--nested_noise"], "noise 'plain' (asked for: 'nested')"),
+        (["--plain_noise"], "noise 'nested' (asked for: 'plain')"),
         (["--train_size", "20"], "patch 8 (asked for: 10)"),
+        (["--dtype", "bfloat16"], "asked for: '"),
     ],
 )
 def test_other_samples_and_references_are_refused(capsys, plain, model, options, field):
