@@ -1,7 +1,7 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """A Diffusers plugin for DFU (arXiv 2401.06144): images of any height and width from one diffusion model.
 
-Importing it teaches diffusers the three public classes, so that `DiffusionPipeline.from_pretrained` and
+Importing it teaches diffusers the public classes, so that `DiffusionPipeline.from_pretrained` and
 `AutoModel.from_pretrained` load saved DFU models. Training parts are imported by name: `dfu_diffusers.data`,
 `dfu_diffusers.losses`, `dfu_diffusers.portraits`.
 """
@@ -11,14 +11,22 @@ from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers looks 
 
 from .modeling_dfu import DFUModel
 from .pipeline_dfu import DFUPipeline
+from .pipeline_dfu_inpaint import DFUInpaintPipeline
+from .pipeline_dfu_super_resolution import DFUSuperResolutionPipeline
 from .scheduling_edm_heun import EDMHeunScheduler
 
 __version__ = "0.1.0"
-__all__ = ["DFUModel", "DFUPipeline", "EDMHeunScheduler"]
+__all__ = ["DFUInpaintPipeline", "DFUModel", "DFUPipeline", "DFUSuperResolutionPipeline", "EDMHeunScheduler"]
 
 # The modules of self-contained repositories (see hub.py). These names are part of the format: they stay even if a
 # module of this package is renamed.
-_TRAVELLING = {"modeling_dfu": "DFUModel", "pipeline_dfu": "DFUPipeline", "scheduling_edm_heun": "EDMHeunScheduler"}
+_TRAVELLING = {
+    "modeling_dfu": "DFUModel",
+    "pipeline_dfu": "DFUPipeline",
+    "pipeline_dfu_inpaint": "DFUInpaintPipeline",
+    "pipeline_dfu_super_resolution": "DFUSuperResolutionPipeline",
+    "scheduling_edm_heun": "EDMHeunScheduler",
+}
 
 
 # All that reaches into diffusers beyond its public classes stands in the next two functions.
@@ -38,8 +46,8 @@ def _register_with_diffusers() -> None:
         ) from error
     methods = ["save_pretrained", "from_pretrained"]
     LOADABLE_CLASSES["dfu_diffusers"] = {"ModelMixin": methods, "SchedulerMixin": methods}
-    for public_class in (DFUModel, DFUPipeline, EDMHeunScheduler):
-        setattr(_diffusers, public_class.__name__, public_class)
+    for name in __all__:
+        setattr(_diffusers, name, globals()[name])
     DFUPipeline._dict_from_json_file = classmethod(lambda cls, *args, **kwargs: _ours(read_index(*args, **kwargs)))
 
 

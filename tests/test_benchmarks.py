@@ -2,9 +2,10 @@
 
 import csv
 
+import numpy as np
 import torch
 
-from benchmarks import bench_dual_conv, bench_train, heldout_loss
+from benchmarks import bench_dual_conv, bench_train, compare_strategies, heldout_loss, inpaint, super_resolution
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.modeling_dfu import SpectralConv2d
 from examples import train_dfu
@@ -43,3 +44,69 @@ def test_the_training_benchmark_runs_the_script_s_own_step(tmp_path, capsys):
     (row,) = bench_train.main(["--sizes", "8", *options, "--output", str(tmp_path / "train.csv")])
     assert 0.05 < row["script_over_bare"] < 1.5 and row["loader"] > 0
     assert "| 8 |" in capsys.readouterr().out and (tmp_path / "train.csv").read_text().count("\n") == 2
+
+
+def test_enlarged_portraits_are_measured(tmp_path, capsys):
+    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--side", "16", "--scales", "1.7", "--count", "3", "--steps", "2"]
+    rows = super_resolution.main([*options, "--inconsistent", "--output", str(tmp_path / "table")])
+    names = ["bicubic", "Lanczos", "bicubic, projected", "DFU, consistency True", "DFU, consistency False"]
+    assert [row["method"] for row in rows] == names and {row["size"] for row in rows} == {27}
+    assert [row["consistency"] <= 1 for row in rows] == [False, False, True, True, False]
+    assert all(row["psnr"] > 15 and 0.5 < row["ssim"] < 1 for row in rows)
+    assert len(list(csv.DictReader(open(tmp_path / "table.csv")))) == 5 and (tmp_path / "table.png").is_file()
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out.replace("\n\n", "\n")
+    truth = super_resolution.portraits(3, 32)
+    figures = super_resolution.measure(truth, truth, super_resolution.averaged(truth, 16))
+    assert figures["ssim"] > 0.999 and figures["consistency"] < 0.51
+
+
+def test_strategies_are_compared(tmp_path, capsys):
+    unet = DFUModel(
+        sample_size=16, block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=()
+    )
+    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    metrics = ["--metrics", "spectrum", "agreement"]  # distances of features need more images
+    options = ["--model", str(tmp_path / "model"), "--factors", "2.5", "--num_images", "3", *metrics]
+    rows = compare_strategies.main(
+        [
+            *options,
+            "--num_inference_steps",
+            "4",
+            "--cascade_sigmas",
+            "1",
+            "--cascade_holds",
+            "0.5",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+    )
+    names = [
+        "direct",
+        "direct, shifted",
+        "guided",
+        "cascade, 1, hold 0.5",
+        "sampled small, Lanczos",
+        "other real portraits",
+    ]
+    assert [row.model for row in rows] == names and {row.size for row in rows} == {(40, 40)}
+    costs = [[row.figures[name] for name in ("calls", "small_calls", "cost")] for row in rows[:-1]]
+    last = costs[3][0]
+    assert costs[:3] == [[7, 0, 7], [7, 0, 7], [7, 7, 7 * (1 + 0.16)]] and costs[4] == [0, 7, 7 * 0.16]
+    assert 1 <= last < 7 and costs[3][1] == 7 + last  # 16 px, then 25 px, then 40 px
+    assert (tmp_path / "out" / "samples_40x40.png").is_file()
+    assert [row["images"] for row in csv.DictReader(open(tmp_path / "out" / "results.csv"))] == names
+    assert (tmp_path / "out" / "results.md").read_text() in capsys.readouterr().out
+
+
+def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
+    images, holes = np.zeros((1, 4, 6, 3), np.uint8), np.zeros((1, 4, 6), bool)
+    images[..., 3:, :], holes[..., 3:] = 30, True
+    assert inpaint.edge_jump(images, holes) == 30 and inpaint.edge_jump(0 * images, holes) == 0
+    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--size", "16", "--count", "3", "--steps", "2", "--churn", "0", "5"]
+    jumps = inpaint.main([*options, "--output", str(tmp_path / "sheet")])
+    assert list(jumps) == ["truth", "s_churn 0", "s_churn 5"] and (tmp_path / "sheet.png").is_file()
+    assert "| s_churn 5 |" in capsys.readouterr().out

@@ -38,6 +38,14 @@ def test_files_that_travel_to_the_hub_stand_alone(name):
     assert imports(PACKAGE / name) <= {"torch", "diffusers"} | sys.stdlib_module_names
 
 
+@pytest.mark.parametrize("name", ["pipeline_dfu_super_resolution.py", "pipeline_dfu_inpaint.py"])
+def test_files_that_travel_together_need_each_other_only(name):
+    needs = {"torch", "diffusers", "numpy", "PIL", "dfu_diffusers"}  # numpy and PIL are diffusers' own requirements
+    assert imports(PACKAGE / name) <= needs | sys.stdlib_module_names
+    neighbours = re.findall(r"^from \.(\w*) import", (PACKAGE / name).read_text(), re.MULTILINE)
+    assert neighbours and set(neighbours) <= {"pipeline_dfu", "pipeline_dfu_super_resolution"}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
 def test_the_package_never_imports_its_examples_or_tests(path):
     assert not imports(path) & {"examples", "tests", "benchmarks"}
@@ -56,7 +64,8 @@ sys.exit(", ".join(heavy & set(sys.modules)) or 0)
 
 
 def test_the_public_names():
-    assert sorted(dfu_diffusers.__all__) == ["DFUModel", "DFUPipeline", "EDMHeunScheduler"]
+    expected = ["DFUInpaintPipeline", "DFUModel", "DFUPipeline", "DFUSuperResolutionPipeline", "EDMHeunScheduler"]
+    assert sorted(dfu_diffusers.__all__) == expected
     assert re.fullmatch(r"\d+\.\d+\.\d+", dfu_diffusers.__version__)
 
 

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Does a repainted part of a held-out portrait join the rest?
+
+    python benchmarks/inpaint.py [--model checkpoints/dfu-portraits] [--size 64] [--churn 0 20]
+
+Prints the mean jump between the two pixels on either side of the mask's edge, in 1/255, beside that of the true
+portrait, and writes a picture, OUTPUT.png: truth, what is known, a column for each setting of churn.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dfu_diffusers import DFUInpaintPipeline, EDMHeunScheduler
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # as a script it lies beside the other benchmarks
+from benchmarks.super_resolution import portraits, sheet  # noqa: E402
+
+
+def masks(count: int, size: int) -> np.ndarray:
+    """The face, the right half and the shirt in turn: (count, size, size) booleans, true where to repaint."""
+    holes = np.zeros((count, size, size), bool)
+    holes[0::3, size * 5 // 16 : size * 11 // 16, size // 4 : size * 3 // 4] = True
+    holes[1::3, :, size // 2 :] = True
+    holes[2::3, size * 11 // 16 :] = True
+    return holes
+
+
+def edge_jump(images: np.ndarray, holes: np.ndarray) -> float:
+    """Mean absolute difference of neighbours of which one is in the hole: images (n, h, w, 3), holes (n, h, w)."""
+    jumps = []
+    for axis in (1, 2):
+        across = np.diff(holes.astype(int), axis=axis) != 0
+        jumps.append(np.abs(np.diff(images.astype(float), axis=axis)).mean(-1)[across])
+    return np.concatenate(jumps).mean()
+
+
+def main(argv=None) -> dict[str, float]:
+    """Returns the jumps by name of the setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--churn", type=float, nargs="+", default=[0, 20], help="`s_churn` of EDMHeunScheduler")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "inpaint", help="without suffix")
+    args = parser.parse_args(argv)
+    pipe = DFUInpaintPipeline.from_pretrained(args.model)
+    truth, holes = portraits(args.count, args.size), masks(args.count, args.size)
+    columns, jumps = [truth, np.where(holes[..., None], 255, truth)], {"truth": edge_jump(truth, holes)}
+    for churn in args.churn:
+        pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, s_churn=churn)
+        images = pipe(
+            [Image.fromarray(pixels) for pixels in truth],
+            [Image.fromarray(hole) for hole in holes],
+            num_inference_steps=args.steps,
+            generator=[torch.Generator().manual_seed(i) for i in range(args.count)],
+        ).images
+        columns.append(np.stack([np.asarray(image) for image in images]))
+        jumps[f"s_churn {churn:g}"] = edge_jump(columns[-1], holes)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(columns, args.output.with_suffix(".png"))
+    print("| | jump at the edge, 1/255 |\n|---|---|")
+    print("\n".join(f"| {name} | {jump:.2f} |" for name, jump in jumps.items()))
+    return jumps
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Repaint a part of given images with a DFU model, whose training knew no masks.
+
+Every denoised image on the way has its known pixels replaced by the given ones, so that these carry exactly the noise
+of the step (the projection of DDNM, arXiv 2212.00490, whose operator is the mask here; with churn, fresh noise of each
+step as in RePaint, arXiv 2201.09865).
+
+This file imports torch, diffusers, what diffusers needs and its neighbours only, so that it can travel with them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput
+from PIL import Image
+
+from .pipeline_dfu import DFUPipeline
+from .pipeline_dfu_super_resolution import middle_of_schedule, read_images
+
+
+class DFUInpaintPipeline(DFUPipeline):
+    """Repaints what a mask marks, at any size. Its components are those of `DFUPipeline`: `from_pipe` shares them.
+
+    Args:
+        unet: a `DFUModel`, or another denoiser called as `unet(sample, timestep, class_labels).sample`.
+        scheduler: an `EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`. Churn (`s_churn` of
+            the first) goes back to a higher noise level before each step, which is what RePaint calls resampling.
+
+    >>> from dfu_diffusers import DFUModel, EDMHeunScheduler
+    >>> unet = DFUModel(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(4, None), attention_levels=())
+    >>> pipe = DFUInpaintPipeline(unet, EDMHeunScheduler())
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> image, mask = Image.new("RGB", (13, 10), "teal"), Image.new("L", (13, 10))
+    >>> mask.paste(255, (4, 3, 9, 7))  # left, upper, right, lower
+    >>> result = pipe(image, mask, num_inference_steps=4).images[0]
+    >>> result.getpixel((3, 3)) == image.getpixel((3, 3)), result.getpixel((4, 3)) == image.getpixel((4, 3))
+    (True, False)
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | np.ndarray | torch.Tensor | list,
+        mask_image: Image.Image | np.ndarray | torch.Tensor | list,
+        strength: float = 1.0,
+        num_inference_steps: int = 18,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DFUPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the name and default of diffusers
+        max_batch_size: int | None = None,
+        guidance_scale: float = 1.0,
+    ) -> ImagePipelineOutput | tuple:
+        """Repaint images. Pixels outside the mask are returned as they came, bit for bit.
+
+        Args:
+            image: what to repaint, see `read_images`; all images of one call have one size.
+            mask_image: white (at least a half) where to repaint, black elsewhere: one mask for all images, or one for
+                each, of their size. A PIL image of any mode, or an array or tensor of bytes, booleans or floats in
+                [0, 1] as for `image`, with one channel.
+            strength: share of the sampler's steps to take, in (0, 1]. With 1 the result does not depend on what lay
+                under the mask; less keeps some of it, as `round(strength * num_inference_steps)` steps, at least one,
+                are left when the image comes in, noised to the level at which they begin.
+            num_inference_steps: steps of the whole schedule.
+            class_labels: class of each image, or one for all, if the model is class-conditional.
+            generator: source of all noise (`nested_noise`, which is one function at all sizes). A list has one per
+                image, and then each image is the same whatever its neighbours.
+            latents: (images, channels, height, width) unit normal noise to take instead.
+            output_type: "pil" (1, 3 or 4 channels), "np" (batch, height, width, channels) or "pt" (batch, channels,
+                height, width) in [0, 1], or "latent": the sample itself, neither clamped nor rescaled.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network call;
+                may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there.
+            callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
+            max_batch_size: the network sees at most so many images at once, to bound memory. The images stay the same.
+            guidance_scale: as in `DFUPipeline`; 1 switches it off.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple of them.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit; the message says what would.
+        """
+        # 1. Inputs
+        image = read_images(image, self.unet.config.in_channels)
+        hole = _read_mask(mask_image, image)
+        batch_size, _, height, width = image.shape
+        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            batch_size=batch_size,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_inputs=callback_inputs,
+            max_batch_size=max_batch_size,
+        )
+        class_labels = self._class_labels(class_labels, batch_size)
+        self._check_guidance(guidance_scale)
+        device = self._execution_device
+        timesteps = middle_of_schedule(self.scheduler, num_inference_steps, strength, device)
+        self._interrupt = False
+
+        # 2. The image with noise
+        image, hole = image.to(device), hole.to(device)
+        known = 2 * image - 1
+        start = known.masked_fill(hole, 0) if strength == 1 else known
+        draw_noise = partial(self._draw_noise, generator=generator, nested=True)
+        latents = draw_noise(known.shape) if latents is None else latents
+        latents = self.scheduler.add_noise(start, latents.to(device, torch.float32), timesteps[:1])
+
+        # 3. Denoise. Known pixels move straight from their noise to the image, as far as each step goes.
+        latents = self._denoise(
+            latents,
+            timesteps,
+            class_labels,
+            generator,
+            callback_on_step_end,
+            callback_inputs,
+            max_batch_size or batch_size,
+            project=lambda denoised: torch.where(hole, denoised, known),
+            guidance_scale=guidance_scale,
+            noise_sampler=draw_noise,
+        )
+
+        # 4. Images; the known pixels are taken from the input, where no rescaling has touched them
+        if output_type == "latent":
+            images = torch.where(hole, latents, known)
+        else:
+            pixels = torch.where(hole, (latents / 2 + 0.5).clamp(0, 1), image)
+            images = self._postprocess(pixels, output_type, do_denormalize=False)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _read_mask(mask, image: torch.Tensor) -> torch.Tensor:
+    """(1 or batch, 1, H, W) booleans, true where to repaint `image` (batch, channels, H, W)."""
+    masks = mask if isinstance(mask, (list, tuple)) else [mask]
+    masks = [each.convert("L") if isinstance(each, Image.Image) else each for each in masks]
+    mask = read_images(masks, 1, "mask_image")
+    if mask.shape[-2:] != image.shape[-2:] or len(mask) not in (1, len(image)):
+        raise ValueError(
+            f"`mask_image` must be one mask, or one for each of the {len(image)} images, of their size "
+            f"{image.shape[-2]}x{image.shape[-1]}, but got {len(mask)} of {mask.shape[-2]}x{mask.shape[-1]}: "
+            "resize it."
+        )
+    return mask >= 0.5

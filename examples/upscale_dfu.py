@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Enlarge images with a DFU model, by any factor or to any size.
+
+    python examples/upscale_dfu.py portrait.png other.png --scale 2.7
+    python examples/upscale_dfu.py photo.jpg --height 1024 --tile_size 256
+
+Area-averaged to the size that it had, each result is the input again (--no_consistency gives the model a free hand).
+Writes OUTPUT_DIR/portrait_86x86.png and so on (height x width).
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.utils.torch_utils import get_device
+from PIL import Image, ImageOps
+
+from dfu_diffusers import DFUSuperResolutionPipeline
+from dfu_diffusers.pipeline_dfu_super_resolution import MODES
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from examples.generate_dfu import CHECKPOINT, DTYPES, SCHEDULERS, usable_device  # noqa: E402
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, help="image files, of any sizes")
+    add(
+        "--model", default=str(CHECKPOINT), help="folder of a saved pipeline or its id on the Hub (default: portraits)"
+    )
+    add("--scale", type=float, help="factor of both sides, e.g. 2.7 (default: 2)")
+    add("--height", type=int, help="in pixels, instead of --scale; a side left out keeps the proportions")
+    add("--width", type=int, help="in pixels, instead of --scale")
+    add("--strength", type=float, help="in (0, 1]: how much is drawn anew (default: the pipeline's)")
+    add("--no_consistency", action="store_true", help="the result need not average to the input")
+    add("--tile_size", type=int, help="let the network see squares of at most this side, to need less memory")
+    add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter)")
+    add("--num_inference_steps", type=int, default=18, help="of the whole schedule (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--class_label", type=int, help="for a class-conditional model")
+    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", type=usable_device, default=get_device(), help="default: %(default)s")
+    add("--output_dir", type=Path, default=Path("outputs/upscaled"))
+    return parser
+
+
+def main(argv=None) -> list[Path]:
+    """Returns the files written."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
+        parser.error(
+            f"--model: there is no folder {args.model}; name a saved pipeline, or its id on the Hub (user/name)"
+        )
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")
+    if len({path.stem for path in args.images}) < len(args.images):
+        parser.error("two images have one name, and so would their results: enlarge them one by one")
+    options = {} if args.strength is None else {"strength": args.strength}
+    files = []
+    try:
+        pipe = DFUSuperResolutionPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
+        if args.scheduler:
+            pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+        for path in args.images:
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image).convert(MODES.get(pipe.unet.config.in_channels))
+            (result,) = pipe(
+                image,
+                height=args.height,
+                width=args.width,
+                scale=args.scale,
+                consistency=not args.no_consistency,
+                num_inference_steps=args.num_inference_steps,
+                class_labels=args.class_label,
+                generator=torch.Generator().manual_seed(args.seed),
+                tile_size=args.tile_size,
+                tile_overlap=args.tile_overlap,
+                **options,
+            ).images
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            files.append(args.output_dir / f"{path.stem}_{result.height}x{result.width}.png")
+            result.save(files[-1])
+    except (OSError, ValueError) as error:  # what the arguments ask for cannot be had: the message says why
+        parser.error(str(error))
+    print("Wrote", *files, sep="\n  ")
+    return files
+
+
+if __name__ == "__main__":
+    main()
