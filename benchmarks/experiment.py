@@ -33,7 +33,7 @@ from dfu_diffusers import DFUModel
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x"}
 FAR = 2  # beyond this factor only some runs are sampled
-FAR_RUNS = ["dual-0", "spatial-0", "spectral-0", "upsampled-0"]
+FAR_RUNS = ["dual-0", "spatial-0", "spectral-0"]
 COLUMNS = {"fd": "fidelity: Frechet distance", "coherence": "coherence: Frechet distance after averaging down"}
 CONFIG = {
     "block_out_channels": [32, 64, 64],
@@ -150,6 +150,8 @@ def evaluate(names: list[str], budget: Budget, output: Path, processes: int) -> 
     """Samples and metrics of the finished runs among `names`; what was sampled before is kept."""
     finished = [run for run in names if (output / run / "model_index.json").exists()]
     for part, chosen in (("near", finished), ("far", [run for run in finished if run in FAR_RUNS])):
+        if not chosen:
+            continue
         options = {
             "model": [output / run for run in chosen],
             "sizes": budget.sizes(far=part == "far"),

@@ -6,6 +6,7 @@ the image in the run): the same for any number of processes and any micro-batche
 first image of the micro-batch). So a checkpoint needs no state of a random number generator.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,6 +63,11 @@ def image_normals(seed: int, numbers: Sequence[int], count: int, device="cpu") -
     return normals
 
 
+def shift_of_noise(size: tuple[int, int], noise_shift: float, noise_size: float) -> float:
+    """What is added to ln sigma at `size`, (height, width): noise_shift ln(side / noise_size)."""
+    return noise_shift * math.log(math.sqrt(math.prod(size)) / noise_size)
+
+
 def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -74,15 +80,35 @@ class TrainingLoss:
         seed: of the run.
         p_mean, p_std: mean and standard deviation of ln sigma.
         augment: a `GeometricAugment`, or None. Its labels need a model with as many `num_augment_labels`.
+        label_dropout: probability of training an image with the label `no_class` in place of its own, for
+            classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+        no_class: the label that stands for none; for `DFUPipeline` the last of the model's.
+        noise_shift: the levels of noise are multiplied by (side / noise_size)^noise_shift, the side that of a square
+            of as many pixels: at 1 low frequencies are as noisy at all sizes (simple diffusion, arXiv 2301.11093).
+        noise_size: the side at which p_mean holds; for `DFUPipeline` that of the model's `sample_size`.
 
     Called with images (batch, channels, height, width), the numbers of these images in the run, the (height, width)
     to train at (images of another size are enlarged bilinearly, arXiv 2401.06144, section 4) and class labels, it
     returns (batch,) losses. It seeds torch's global generators, from which dropout draws.
     """
 
-    def __init__(self, model, scheduler, seed: int = 0, p_mean: float = -1.2, p_std: float = 1.2, augment=None):
+    def __init__(
+        self,
+        model,
+        scheduler,
+        seed: int = 0,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        augment=None,
+        label_dropout: float = 0.0,
+        no_class: int | None = None,
+        noise_shift: float = 0.0,
+        noise_size: float = 1.0,
+    ):
         self.model, self.scheduler, self.seed = model, scheduler, seed
         self.p_mean, self.p_std, self.augment = p_mean, p_std, augment
+        self.label_dropout, self.no_class = label_dropout, no_class
+        self.noise_shift, self.noise_size = noise_shift, noise_size
 
     def __call__(
         self,
@@ -94,12 +120,17 @@ class TrainingLoss:
         torch.manual_seed(_seed(self.seed, 4, numbers[0]))
         if tuple(images.shape[-2:]) != tuple(size):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        extra = 1 if self.augment is None else 1 + self.augment.num_draws
-        normals = image_normals(self.seed, numbers, extra + images[0].numel(), images.device)
+        extra, pixels = 1 if self.augment is None else 1 + self.augment.num_draws, images[0].numel()
+        normals = image_normals(self.seed, numbers, extra + pixels + bool(self.label_dropout), images.device)
         augment_labels = None
         if self.augment is not None:
             images, augment_labels = self.augment(images, normals[:, 1:extra])
-        sigma, noise = torch.exp(self.p_mean + self.p_std * normals[:, 0]), normals[:, extra:].view(images.shape)
+        if self.label_dropout:
+            dropped = torch.special.ndtr(normals[:, -1]) < self.label_dropout
+            class_labels = torch.where(dropped, self.no_class, class_labels)
+        p_mean = self.p_mean + shift_of_noise(size, self.noise_shift, self.noise_size)
+        sigma = torch.exp(p_mean + self.p_std * normals[:, 0])
+        noise = normals[:, extra : extra + pixels].reshape(images.shape)
         return edm_loss(self.model, self.scheduler, images, sigma, noise, class_labels, augment_labels)
 
 

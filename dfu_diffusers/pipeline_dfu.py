@@ -4,13 +4,20 @@
 This file imports torch, diffusers and the standard library only, so that it can travel inside a Hub repository.
 """
 
+import contextlib
+import inspect
 import json
+import math
 import operator
+import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
@@ -18,8 +25,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+STRATEGIES = ("direct", "guided", "cascade")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REMOTE = "diffusers_modules"  # where diffusers puts code that came with a repository
+NOISE_LEVELS = 32  # octaves of frequency on an axis: room for sides of up to 2^31 pixels
 
 
 class DFUPipeline(DiffusionPipeline):
@@ -28,6 +37,8 @@ class DFUPipeline(DiffusionPipeline):
     Args:
         unet: a `DFUModel`, or another denoiser called as `unet(sample, timestep, class_labels).sample`.
         scheduler: an `EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`.
+        guide: a weaker model of the same images, such as an earlier snapshot of `unet` or a smaller network trained
+            for less time: `guidance_scale` then leads away from what it gets wrong (autoguidance, arXiv 2406.02507).
 
     >>> from dfu_diffusers import DFUModel, EDMHeunScheduler
     >>> unet = DFUModel(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(4, None), attention_levels=())
@@ -37,16 +48,34 @@ class DFUPipeline(DiffusionPipeline):
     (31, 20)
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->guide"
+    _optional_components = ["guide"]
     _callback_tensor_inputs = ["latents"]
     _self_contained = False
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, guide: ModelMixin | None = None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, guide=guide)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._num_timesteps = 0
         self._interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DFUPipeline":
+        """As in diffusers, from safetensors only, components of other classes included.
+
+        diffusers would fall back on a `.bin`, a pickle, which may run code when it is opened.
+
+        Raises:
+            ValueError: `use_safetensors=False`.
+            OSError: a component has no safetensors weights.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                f"{cls.__name__} loads safetensors only (use_safetensors=False asks for pickles): convert the files, "
+                f"or pass `unet` as you loaded it."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DFUPipeline":
@@ -54,6 +83,8 @@ class DFUPipeline(DiffusionPipeline):
         # diffusers hands a model on only if the type hint names its very class, and ours admits any denoiser.
         if hasattr(pipeline, "unet"):
             kwargs.setdefault("unet", pipeline.unet)
+        if getattr(pipeline, "guide", None) is not None:
+            kwargs.setdefault("guide", pipeline.guide)
         return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
@@ -68,8 +99,22 @@ class DFUPipeline(DiffusionPipeline):
         trust_remote_code=True)` needs nothing but diffusers. A pipeline that was loaded in that way is always saved
         in that way, for its classes exist nowhere else.
         """
-        self._self_contained = self_contained
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with self._with_code(self_contained):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args, self_contained: bool = False, **kwargs) -> str:
+        """As in diffusers, with the option of `save_pretrained`; `dfu_diffusers.hub` does more for a saved folder."""
+        with self._with_code(self_contained):
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _with_code(self, self_contained: bool):
+        """Until it ends, pipelines are saved with code, if so asked here or further out."""
+        before, self._self_contained = self._self_contained, self._self_contained or self_contained
+        try:
+            yield
+        finally:
+            self._self_contained = before
 
     def save_config(self, save_directory, *args, **kwargs) -> None:
         """As in diffusers, which calls it when the components are saved, and before it uploads them."""
@@ -104,8 +149,28 @@ class DFUPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["DFUPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the name and default of diffusers
         max_batch_size: int | None = None,
+        strategy: Literal["direct", "guided", "cascade"] = "direct",
+        cascade_sigma: float = 0.25,
+        cascade_hold: float = 0.25,
+        guidance_scale: float = 1.0,
+        nested_noise: bool = True,
+        noise_shift: float = 0.0,
+        tileable: Literal["x", "y", "xy"] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
+
+        Beyond the model's `sample_size` there are three strategies. They differ in how the layout is found:
+
+            strategy     the network's calls, of which N steps of Heun make C = 2 N - 1
+            "direct"     C at the full size: the paper's zero-shot sampling
+            "guided"     C at the full size and C small ones: at every step the low frequencies of the denoised image
+                         are those that the network sees on a grid within `sample_size` (upsample guidance, arXiv
+                         2404.01709). Of one seed they become exactly those of the small picture
+            "cascade"    C small ones, then, for every doubling of the side or part of one, those of the steps from
+                         `cascade_sigma` down, at that size: sampled small, enlarged (bicubic), and again noised and
+                         denoised, to add the detail (as in DemoFusion, arXiv 2311.16973)
+
+        Within `sample_size` they are one and the same. `docs/zero_shot.md` tells when to use which, with figures.
 
         Args:
             batch_size: number of images.
@@ -122,6 +187,21 @@ class DFUPipeline(DiffusionPipeline):
                 may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there.
             callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
             max_batch_size: the network sees at most so many images at once, to bound memory. The images stay the same.
+            strategy: see above. A callback sees the cascade's sample at the size that it has reached.
+            cascade_sigma: noise level to which the cascade takes enlarged images, positive; the nearest of the
+                schedule. More of it redraws more.
+            cascade_hold: share, in [0, 1], of the small image's frequencies on each axis that stay as they are when a
+                stage of the cascade denoises the enlarged one. More of it keeps the layout, less leaves more to draw.
+            guidance_scale: weight w in D_weak + w (D - D_weak), a blend of denoised images; 1 switches it off. D_weak
+                is that of `guide` if the pipeline has one. Otherwise it is that of no class (classifier-free guidance,
+                arXiv 2207.12598): the last one, as in training with `--label_dropout`. Twice the network calls.
+            nested_noise: one seed is the same picture at all sizes, as nearly as the model allows, for its noise is
+                (see the function `nested_noise`). Otherwise noise is drawn pixel by pixel, as in other pipelines.
+            noise_shift: the levels of noise are multiplied by (side / `sample_size`)^noise_shift, the side that of a
+                square of as many pixels. At 1 low frequencies are as noisy at all sizes (simple diffusion, arXiv
+                2301.11093), which suits models trained with this `--noise_shift`. Needs `EDMHeunScheduler`.
+            tileable: axes along which the images tile the plane: "x" (left and right edges meet), "y" or "xy"; None
+                for what the model was trained for. Takes a `DFUModel`, see its `use_tileable`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -143,52 +223,219 @@ class DFUPipeline(DiffusionPipeline):
             callback_inputs,
             max_batch_size,
         )
+        self._check_strategy(strategy, cascade_sigma, cascade_hold, noise_shift)
         class_labels = self._class_labels(class_labels, batch_size)
+        self._check_guidance(guidance_scale)
         device = self._execution_device
         self._interrupt = False
 
         # 2. Noise, in float32 throughout: at sigma 80 half precision would swallow the image
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        draw_noise = partial(self._draw_noise, generator=generator, nested=nested_noise)
         if latents is None:
-            shape = (batch_size, self.unet.config.in_channels, height, width)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+            latents = draw_noise((batch_size, self.unet.config.in_channels, height, width))
+        latents = latents.to(device, torch.float32)
+        small = self._small_size(height, width) if strategy != "direct" else (height, width)
+        if strategy == "cascade":  # begins with the low modes of the same noise
+            latents = fourier_resample(latents, small) * math.sqrt(height * width / math.prod(small))
+        self._set_timesteps(num_inference_steps, latents.shape, noise_shift)
+        latents = latents * self.scheduler.init_noise_sigma
 
         # 3. Denoise
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-                output = self._evaluate(model_input, t, class_labels, max_batch_size or batch_size).float()
-                latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    changed = callback_on_step_end(self, i, t, dict.fromkeys(callback_inputs, latents))
-                    latents = (changed or {}).get("latents", latents)
-                progress_bar.update()
+        timesteps, growth = self.scheduler.timesteps, {}
+        if strategy == "cascade":
+            set_timesteps = partial(self._set_timesteps, num_inference_steps, noise_shift=noise_shift)
+            grow = partial(self._grow, set_timesteps, draw_noise, cascade_hold)
+            timesteps, growth = self._cascade(small, (height, width), cascade_sigma, set_timesteps, grow)
+        with self._tileable(tileable):
+            latents = self._denoise(
+                latents,
+                timesteps,
+                class_labels,
+                generator,
+                callback_on_step_end,
+                callback_inputs,
+                max_batch_size or batch_size,
+                guidance_scale=guidance_scale,
+                noise_sampler=draw_noise if nested_noise else None,
+                layout_size=small if strategy == "guided" and small != (height, width) else None,
+                growth=growth,
+            )
 
         # 4. Images
         images = self._postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _evaluate(self, sample, timestep, class_labels, max_batch_size: int) -> torch.Tensor:
-        """The network's output (batch, channels, height, width), at most `max_batch_size` images at a time."""
+    @contextlib.contextmanager
+    def _tileable(self, axes: str | None):
+        """Until it ends, the models make images that tile the plane along `axes`; None changes nothing."""
+        with contextlib.ExitStack() as stack:
+            for model in (self.unet, self.guide):
+                if axes is None or model is None:
+                    continue
+                if not hasattr(model, "use_tileable"):
+                    raise ValueError(f"`tileable` needs a DFUModel, but got a {type(model).__name__}: leave it out.")
+                stack.enter_context(model.use_tileable(axes))
+            yield
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable | None,
+        callback_inputs: list[str],
+        max_batch_size: int,
+        project: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        guidance_scale: float = 1.0,
+        noise_sampler: Callable[[tuple], torch.Tensor] | None = None,
+        layout_size: tuple[int, int] | None = None,
+        growth: dict[int, Callable[[torch.Tensor], tuple[torch.Tensor, Callable]]] | None = None,
+    ) -> torch.Tensor:
+        """Take noisy images through `timesteps`.
+
+        Args:
+            project: replaces each denoised image by one that obeys a constraint.
+            noise_sampler: draws the scheduler's noise, if the scheduler lets it.
+            layout_size: of the small grid that gives the low frequencies of each denoised image, see `_with_layout`.
+            growth: by number of a network call, what turns the images into others before it, and the `project` from
+                there on.
+        """
+        predict = partial(
+            self._predict, class_labels=class_labels, max_batch_size=max_batch_size, guidance_scale=guidance_scale
+        )
+        noise = {"generator": generator, "noise_sampler": noise_sampler}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        noise = {name: source for name, source in noise.items() if name in accepted}
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                if growth and i in growth:
+                    latents, project = growth[i](latents)
+                output = predict(self.scheduler.scale_model_input(latents, t), t)
+                if layout_size is not None:
+                    output = self._projected(
+                        output, latents, partial(self._with_layout, latents, layout_size, predict)
+                    )
+                if project is not None:
+                    output = self._projected(output, latents, project)
+                latents = self.scheduler.step(output, t, latents, **noise, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, i, t, dict.fromkeys(callback_inputs, latents))
+                    latents = (changed or {}).get("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def _projected(self, output: torch.Tensor, latents: torch.Tensor, project: Callable) -> torch.Tensor:
+        """The network output F' whose denoised image c_skip x + c_out F' is the projection of that of `output`."""
+        sigma = self.scheduler.sigmas[self.scheduler.step_index].item()
+        denoised = self.scheduler.precondition_outputs(latents, output, sigma)
+        c_out = self.scheduler.precondition_outputs(0.0, 1.0, sigma)
+        return output + (project(denoised) - denoised) / c_out
+
+    def _predict(self, sample, timestep, class_labels, max_batch_size: int, guidance_scale: float) -> torch.Tensor:
+        """The network's output (batch, channels, height, width), float32, guided unless the scale is 1."""
+        output = self._evaluate(sample.to(self.unet.dtype), timestep, class_labels, max_batch_size).float()
+        if guidance_scale == 1:
+            return output
+        if self.guide is not None:
+            sample = sample.to(self.guide.dtype)
+            weak = self._evaluate(sample, timestep, class_labels, max_batch_size, self.guide)
+        else:
+            no_class = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
+            weak = self._evaluate(sample.to(self.unet.dtype), timestep, no_class, max_batch_size)
+        return weak.float().lerp(output, guidance_scale)  # at one noise level D is linear in the output
+
+    def _evaluate(self, sample, timestep, class_labels, max_batch_size: int, model=None) -> torch.Tensor:
+        """The output of `model`, by default `unet`, for at most `max_batch_size` images at a time."""
         outputs = []
         for start in range(0, len(sample), max_batch_size):
             part = slice(start, start + max_batch_size)
             labels = None if class_labels is None else class_labels[part]
-            outputs.append(self.unet(sample[part], timestep, labels, return_dict=False)[0])
+            outputs.append((model or self.unet)(sample[part], timestep, labels, return_dict=False)[0])
         return torch.cat(outputs)
 
-    def _postprocess(self, sample: torch.Tensor, output_type: str):
+    # --- Beyond the training size ---
+
+    def _with_layout(self, latents: torch.Tensor, size: tuple[int, int], predict: Callable, denoised: torch.Tensor):
+        """`denoised` with the low frequencies of what the network makes of `latents` on the grid `size`.
+
+        Cut to these frequencies the sample is an image on the small grid with noise that is white there, too, of a
+        lower level: by the ratio of the sides, as the image keeps its amplitude.
+        """
+        scheduler = self.scheduler
+        ratio = math.sqrt(math.prod(size) / math.prod(latents.shape[-2:]))
+        sigma = scheduler.sigmas[scheduler.step_index].to(latents.device) * ratio
+        small = fourier_resample(latents, size)
+        output = predict(scheduler.precondition_inputs(small, sigma), scheduler.precondition_noise(sigma))
+        layout = scheduler.precondition_outputs(small, output, sigma)
+        return denoised + fourier_resample(layout - fourier_resample(denoised, size), denoised.shape[-2:])
+
+    def _cascade(self, small, size, sigma: float, set_timesteps: Callable, grow: Callable) -> tuple:
+        """Timesteps of all stages from `small` to `size`, and by number of the first network call of each but the
+        first what leads to it: the `growth` of `_denoise`."""
+        scheduler, timesteps, growth = self.scheduler, self.scheduler.timesteps, {}
+        for stage in growing_sizes(small, size):
+            set_timesteps(stage)
+            levels = scheduler.sigmas[: len(scheduler.timesteps) : scheduler.order]
+            begin = scheduler.order * int((levels / sigma).log().abs().argmin())
+            growth[len(timesteps)] = partial(grow, stage, begin)
+            timesteps = torch.cat([timesteps, scheduler.timesteps[begin:]])
+        set_timesteps(small)
+        return timesteps, growth
+
+    def _grow(self, set_timesteps, draw_noise, hold: float, size: tuple, begin: int, images: torch.Tensor) -> tuple:
+        """Enlarge `images` and give them the noise of network call `begin`, where the scheduler now starts.
+
+        Returns the noisy images, and what holds the low frequencies of the denoised ones at those of `images`.
+        """
+        set_timesteps(size)
+        self.scheduler.set_begin_index(begin)
+        large = F.interpolate(images, size, mode="bicubic", align_corners=False)
+        held = tuple(round(hold * side) for side in images.shape[-2:])
+
+        def project(denoised):
+            return denoised + fourier_resample(fourier_resample(large - denoised, held), size)
+
+        noisy = self.scheduler.add_noise(large, draw_noise(large.shape), self.scheduler.timesteps[begin : begin + 1])
+        return noisy, project if min(held) > 0 else None
+
+    def _set_timesteps(self, steps: int, shape: tuple[int, ...], noise_shift: float) -> None:
+        """The schedule for images of `shape` (..., height, width)."""
+        scale = {}
+        if noise_shift:
+            limits = self._sample_size("noise_shift")
+            scale["noise_scale"] = math.sqrt(math.prod(shape[-2:]) / math.prod(limits)) ** noise_shift
+        self.scheduler.set_timesteps(steps, device=self._execution_device, **scale)
+
+    def _small_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size shrunk, in its own shape, to fit into the model's `sample_size`."""
+        limits = self._sample_size("strategy")
+        scale = min(1, limits[0] / height, limits[1] / width)
+        return max(1, round(scale * height)), max(1, round(scale * width))
+
+    def _sample_size(self, argument: str) -> tuple[int, int]:
+        """That of the model's config, which `argument` needs."""
+        size = self._size(None, None)
+        if None in size:
+            raise ValueError(f"`{argument}` needs a model with a `sample_size` in its config, but this one has none.")
+        return size
+
+    def _draw_noise(self, shape, generator, nested: bool) -> torch.Tensor:
+        draw = nested_noise if nested else randn_tensor
+        return draw(tuple(shape), generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def _postprocess(self, sample: torch.Tensor, output_type: str, do_denormalize: bool = True):
+        """Images of a sample, which is in [-1, 1], or in [0, 1] already if not `do_denormalize`."""
+        do_denormalize = [do_denormalize] * len(sample)
         if output_type == "pil" and sample.shape[1] == 1:
             # By way of RGB: diffusers squeezes grey images, and a side of one pixel would be lost with the channel.
-            images = self.image_processor.postprocess(sample.expand(-1, 3, -1, -1), output_type="pil")
+            images = self.image_processor.postprocess(sample.expand(-1, 3, -1, -1), "pil", do_denormalize)
             return [image.getchannel(0) for image in images]
-        return self.image_processor.postprocess(sample, output_type=output_type)
+        return self.image_processor.postprocess(sample, output_type, do_denormalize)
 
     # --- Inputs ---
 
@@ -261,6 +508,40 @@ class DFUPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, but got {unknown}."
             )
 
+    def _check_strategy(self, strategy, cascade_sigma, cascade_hold, noise_shift) -> None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"`strategy` must be one of {STRATEGIES}, but got {strategy!r}.")
+        if strategy != "direct" and not hasattr(self.scheduler, "precondition_outputs"):
+            raise ValueError(
+                f"`strategy={strategy!r}` needs a scheduler that knows EDM's noise levels, but "
+                f"{type(self.scheduler).__name__} does not: use `EDMHeunScheduler`, `EDMEulerScheduler` or "
+                "`EDMDPMSolverMultistepScheduler`, or the strategy 'direct'."
+            )
+        _check_positive("cascade_sigma", cascade_sigma)
+        if isinstance(cascade_hold, bool) or not isinstance(cascade_hold, (int, float)):
+            raise TypeError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
+        if not 0 <= cascade_hold <= 1:
+            raise ValueError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
+        if (
+            isinstance(noise_shift, bool)
+            or not isinstance(noise_shift, (int, float))
+            or not math.isfinite(noise_shift)
+        ):
+            raise TypeError(f"`noise_shift` must be a finite number, 0 for no shift, but got {noise_shift!r}.")
+        if noise_shift and "noise_scale" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"`noise_shift` {noise_shift} needs `EDMHeunScheduler`, but got {type(self.scheduler).__name__}: "
+                "change the scheduler, or leave `noise_shift` at 0."
+            )
+
+    def _check_guidance(self, guidance_scale) -> None:
+        _check_positive("guidance_scale", guidance_scale)
+        if guidance_scale != 1 and self.guide is None and getattr(self.unet.config, "num_class_embeds", None) is None:
+            raise ValueError(
+                f"`guidance_scale` {guidance_scale} needs a class-conditional model, or a weaker one beside this: "
+                "load the pipeline with `guide=`, or leave `guidance_scale` at 1."
+            )
+
     def _class_labels(self, class_labels, batch_size: int) -> torch.Tensor | None:
         """Checked labels (batch_size,) on the execution device; None for an unconditional model."""
         classes = getattr(self.unet.config, "num_class_embeds", None)
@@ -284,8 +565,107 @@ class DFUPipeline(DiffusionPipeline):
         return labels.to(self._execution_device, torch.long)
 
 
+# --- Noise ---
+
+
+def nested_noise(
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """White unit noise that is the same function at every size: the counterpart of diffusers' `randn_tensor`.
+
+    Every pixel is an independent N(0, 1), and every Fourier mode (in cycles per image, pixel j of N at (j + 1/2)/N)
+    has one and the same coefficient at all sizes that resolve it, below the Nyquist frequency of both axes, in units
+    of white noise (norm="ortho"). What makes it white is that it is an orthogonal transform, `fourier_basis`, of the
+    corner (H, W) of one endless array of independent normals.
+
+    The normals are drawn on the CPU in blocks of an octave by an octave of frequencies, each from a seed of its own.
+    Only the seeds come from `generator`, which so advances by the same amount at every size.
+
+    Args:
+        shape: (batch, channels, H, W), any H, W >= 1.
+        generator: source of the seeds; a list has one for each image. By default torch's own on the CPU.
+        device, dtype: of the result, which is computed on the CPU: the same on all devices.
+
+    >>> small, large = (nested_noise((1, 3, n, n), torch.Generator().manual_seed(0)) for n in (32, 96))
+    >>> torch.allclose(small.mean() * 32, large.mean() * 96, atol=1e-5)  # mode (0, 0) is the sum over sqrt(H W)
+    True
+    """
+    batch, channels, height, width = map(int, shape)  # also of NumPy's integers
+    generators = generator if isinstance(generator, list) else [generator] * batch
+    normals = torch.stack([_endless_normals(channels, height, width, each) for each in generators])
+    rows, columns = (fourier_basis(n, n).to(normals) for n in (height, width))
+    return (rows.T @ normals @ columns).to(device, dtype)
+
+
+def _endless_normals(channels: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """The corner (channels, height, width), float32, of an endless array of normals."""
+    device = "cpu" if generator is None else generator.device
+    table = (NOISE_LEVELS, NOISE_LEVELS)
+    seeds = torch.randint(2**32, table, generator=generator, device=device).tolist()  # more bits a CPU seed has not
+    normals, source = torch.empty(channels, height, width), torch.Generator()
+    for row_seeds, (top, bottom) in zip(seeds, _octaves(height)):
+        for seed, (left, right) in zip(row_seeds, _octaves(width)):
+            block = torch.randn(channels, bottom - top, right - left, generator=source.manual_seed(seed))
+            normals[:, top:bottom, left:right] = block[:, : height - top, : width - left]
+    return normals
+
+
+def _octaves(side: int) -> list[tuple[int, int]]:
+    """0..1, 1..2, 2..4, 4..8 and so on, as many as cover `side`."""
+    return [(0, 1)] + [(2**level, 2 ** (level + 1)) for level in range((side - 1).bit_length())]
+
+
+def fourier_resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """x (batch, channels, H, W) on the grid `size`: the same function less the frequencies that one grid has not.
+
+    White noise stays white, its deviation multiplied by sqrt(h w / (H W)) where the grid shrinks to h, w. Shrinking
+    undoes enlarging.
+    """
+    rows, columns = (_resampling_matrix(old, new).to(x) for old, new in zip(x.shape[-2:], size))
+    return rows @ x @ columns.T
+
+
+def _resampling_matrix(old: int, new: int) -> torch.Tensor:
+    count = min(old, new)
+    return fourier_basis(count, new).T @ fourier_basis(count, old) * math.sqrt(new / old)
+
+
+def fourier_basis(count: int, n: int, device: str | torch.device | None = None) -> torch.Tensor:
+    """The lowest `count` <= n functions of the real, pixel-centred Fourier basis on n pixels: (count, n), orthonormal.
+
+    Row 0 is constant; rows 2k - 1 and 2k are the sine and cosine of k cycles per image. For even n the last row, the
+    sine at the Nyquist frequency, has no cosine beside it: at the pixel centres that is zero. float64.
+    """
+    row = torch.arange(count, device=device)
+    cycles = (row + 1) // 2
+    phase = torch.outer(cycles, 2 * torch.arange(n, device=device) + 1) % (2 * n)  # integers: exact to the last bit
+    angle = phase.double() * (math.pi / n)
+    alone = (cycles == 0) | (2 * cycles == n)
+    scale = torch.where(alone, 1, 2).double().div(n).sqrt()
+    return scale[:, None] * torch.where((row % 2 == 1)[:, None], angle.sin(), angle.cos())
+
+
+def growing_sizes(small: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Sizes on the way from `small`, exclusive, to `size`: as few as can be with factors of at most 2, all equal.
+
+    >>> growing_sizes((64, 64), (192, 192)), growing_sizes((32, 64), (64, 128)), growing_sizes((64, 64), (64, 64))
+    ([(111, 111), (192, 192)], [(64, 128)], [])
+    """
+    factor = max(large / little for large, little in zip(size, small))
+    stages = math.ceil(math.log2(factor) - 1e-9)
+    ratios = [(large / little) ** (1 / stages) for large, little in zip(size, small)] if stages else []
+    return [tuple(round(side * ratio**i) for side, ratio in zip(small, ratios)) for i in range(1, stages + 1)]
+
+
+# --- Saved folders ---
+
+
 def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
-    """What makes a saved pipeline self-contained: the modules of our classes, and a model_index.json that names them.
+    """What makes a saved pipeline self-contained: the modules of our classes with those
+    they import from beside them, and a model_index.json that names the classes.
 
     Args:
         folder: the pipeline as diffusers saved it.
@@ -299,7 +679,9 @@ def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
 
     def add(cls: type, place: str = "") -> list[str]:
         source = Path(sys.modules[cls.__module__].__file__)
-        files[place + source.name] = source.read_text(encoding="utf-8")
+        text = files[place + source.name] = source.read_text(encoding="utf-8")
+        for neighbour in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
+            files[f"{place}{neighbour}.py"] = source.with_name(f"{neighbour}.py").read_text(encoding="utf-8")
         return [source.stem, cls.__name__]
 
     packages = (__name__.split(".")[0], REMOTE)
@@ -309,11 +691,19 @@ def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
     for name in ours:
         library, class_name = index[name]
         index[name] = add(getattr(sys.modules[library], class_name), f"{name}/")
-    index["_class_name"] = add(pipeline_class)
+    if pipeline_class.__module__.split(".")[0] in packages:  # a pipeline of diffusers stays a plain name
+        index["_class_name"] = add(pipeline_class)
     if "unet" in ours:  # AutoModel asks here, not in unet/config.json
         index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
     files["model_index.json"] = json.dumps(index, indent=2, sort_keys=True) + "\n"
     return files
+
+
+def _check_positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a positive number, but got {value!r}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a positive number, but got {value!r}.")
 
 
 def _check_count(name: str, value) -> None:

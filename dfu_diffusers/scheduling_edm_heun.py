@@ -9,6 +9,7 @@ library only.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -180,6 +181,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         sigmas: torch.Tensor | list[float] | None = None,
+        noise_scale: float = 1.0,
     ) -> None:
         """
         Sets the noise levels and forgets any run in progress; call it before each run.
@@ -193,6 +195,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): Where to put `timesteps`; the CPU if left out.
             sigmas (`list[float]` or 1-D `torch.Tensor`, *optional*):
                 Your own N noise levels (before churn), positive and strictly decreasing; a 0 may end them.
+            noise_scale (`float`, defaults to 1.0):
+                Factor on all levels of the schedule, not on your own `sigmas`. For images of s times the sides, s
+                keeps the signal-to-noise ratio of the low frequencies (simple diffusion, arXiv 2301.11093).
 
         Raises:
             `ValueError`: if neither or contradicting arguments are given, or `sigmas` are not as described.
@@ -211,7 +216,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("`set_timesteps` needs `num_inference_steps` or `sigmas`; both are None. Try 18 steps.")
         else:
             _check_count("num_inference_steps", num_inference_steps)
-            levels = self._noise_levels(num_inference_steps)
+            _check_number("noise_scale", noise_scale, FLOAT32.tiny, FLOAT32.max, "1 leaves the schedule as it is")
+            levels = self._noise_levels(num_inference_steps) * noise_scale
 
         # Algorithm 2, lines 4-6. The limits are compared in float32, so that s_tmax = sigma_max includes sigma_max.
         gamma = min(self.config.s_churn / len(levels), math.sqrt(2) - 1)
@@ -354,6 +360,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        noise_sampler: Callable[[torch.Size], torch.Tensor] | None = None,
     ) -> EDMHeunSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         One network call of Algorithm 1 or 2 (two calls make a step, the last step has one). Computes in float32, or in
@@ -366,6 +373,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of one per image, *optional*): Source of the churn noise, which is
                 always drawn in float32. Unused without churn.
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
+            noise_sampler (`Callable`, *optional*): Draws the churn noise in place of `generator`: takes the sample's
+                shape and returns unit noise, such as `nested_noise` of the pipeline's module.
 
         Returns:
             [`EDMHeunSchedulerOutput`] or the tuple `(prev_sample, pred_original_sample)`.
@@ -403,7 +412,10 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             self._heun_sample = self._heun_derivative = None
             # Churn of the step to come (Algorithm 2, lines 4-6), before the network is called at sigma_next.
             if sigma_next > sigma:
-                noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+                if noise_sampler is None:
+                    noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+                else:
+                    noise = noise_sampler(x.shape).to(x.device)
                 prev_sample = prev_sample + self.config.s_noise * math.sqrt(sigma_next**2 - sigma**2) * noise
         self._step_index += 1
 

@@ -8,7 +8,6 @@ dB), beside the agreement of different portraits.
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -25,27 +24,10 @@ ODD = [(33, 33), (61, 61), (97, 131), (48, 96), (96, 48), (127, 64)]  # one port
 CELL, LABEL = 128, 16
 
 
-def noise_of_portrait(seed: int, height: int, width: int, base: int = 32) -> torch.Tensor:
-    """Unit white noise (3, height, width) whose low Fourier modes are the same function at every size.
-
-    The layout of a portrait follows from those modes of its initial noise. White noise has independent coefficients
-    of unit variance (norm="ortho"), so exchanging some for those of base x base noise leaves it white. Pixels are
-    cells, sample j of N at (j + 1/2)/N: between two grids the coefficient of mode k turns by pi k (1/N - 1/M).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.fft.fft2(torch.randn(3, base, base, generator=generator), norm="ortho")
-    fine = torch.fft.fft2(torch.randn(3, height, width, generator=generator), norm="ortho")
-    rows, columns = (torch.arange(-limit, limit + 1) for limit in ((min(n, base) - 1) // 2 for n in (height, width)))
-    turn = rows[:, None] * (1 / height - 1 / base) + columns[None, :] * (1 / width - 1 / base)
-    shared = coarse[:, rows[:, None], columns] * torch.exp(1j * math.pi * turn)
-    fine[:, rows[:, None], columns] = shared
-    return torch.fft.ifft2(fine, norm="ortho").real
-
-
 def generate(pipe: DFUPipeline, seeds: list[int], height: int, width: int) -> list[Image.Image]:
     pipe.set_progress_bar_config(desc=f"{height}x{width}")
-    latents = torch.stack([noise_of_portrait(seed, height, width) for seed in seeds])
-    return pipe(batch_size=len(seeds), height=height, width=width, latents=latents).images
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(batch_size=len(seeds), height=height, width=width, generator=generators).images
 
 
 def agreement(images: list[Image.Image], references: list[Image.Image]) -> float:

@@ -16,6 +16,7 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.utils.torch_utils import get_device
 
 from dfu_diffusers import DFUPipeline, EDMHeunScheduler
+from dfu_diffusers.pipeline_dfu import STRATEGIES
 from dfu_diffusers.resolutions import parse_resolution
 
 SCHEDULERS = {"heun": EDMHeunScheduler, "euler": EDMEulerScheduler, "dpm": EDMDPMSolverMultistepScheduler}
@@ -49,6 +50,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--num_inference_steps", type=int, default=18)
     add("--seed", type=int, default=0, help="of the first image")
     add("--class_label", type=int, help="for a class-conditional model")
+    add("--strategy", choices=STRATEGIES, default="direct", help="beyond the training size: see docs/zero_shot.md")
+    add("--guidance_scale", type=float, default=1.0, help="for a model trained with --label_dropout, or with a guide")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", type=usable_device, default=get_device(), help="default: %(default)s")
@@ -83,6 +86,8 @@ def main(argv=None) -> list[Path]:
                 width=width,
                 num_inference_steps=args.num_inference_steps,
                 class_labels=args.class_label,
+                strategy=args.strategy,
+                guidance_scale=args.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 max_batch_size=args.max_batch_size,
             ).images

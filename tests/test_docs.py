@@ -272,7 +272,7 @@ def test_the_reference_is_up_to_date():
         "### push_folder",
     ):
         assert f"\n{name}\n" in page
-    assert "max_batch_size: int | None = None,\n) -> ImagePipelineOutput | tuple" in page
+    assert "max_batch_size: int | None = None,\n" in page and "\n) -> ImagePipelineOutput | tuple" in page
 
 
 def test_the_reference_can_be_checked(tmp_path, monkeypatch):
@@ -306,6 +306,13 @@ def test_format_of_the_notebook(notebook):
 def test_nbformat_accepts_the_notebook(notebook):
     nbformat = pytest.importorskip("nbformat")
     nbformat.validate(nbformat.from_dict(notebook))
+
+
+def test_the_notebook_asks_for_the_repository(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cell = next(cell for cell in notebook["cells"] if "SOURCE = " in "".join(cell["source"]))
+    with pytest.raises(SystemExit, match="SOURCE is empty: put the address"):
+        exec("".join(cell["source"]), {})
 
 
 @pytest.mark.parametrize("own_photos", [False, True], ids=["portraits", "photos"])

@@ -89,6 +89,38 @@ def test_labels_reach_the_network():
     assert math.isfinite(loss.mean())
 
 
+def test_some_labels_are_dropped_and_nothing_else_changes():
+    seen = []
+
+    def spy(sample, timestep, class_labels=None, augment_labels=None):
+        seen.append(class_labels)
+        return nothing_learned(sample, timestep)
+
+    clean, labels = images(0.5, batch=2000), torch.arange(2000) % 7
+    options = dict(class_labels=labels, label_dropout=0.2, no_class=7)
+    training_loss(spy, clean, **options)
+    training_loss(spy, clean[50:60], numbers=list(range(50, 60)), **{**options, "class_labels": labels[50:60]})
+    dropped = seen[0] == 7
+    assert abs(dropped.float().mean() - 0.2) < 0.04 and torch.equal(seen[0][~dropped], labels[~dropped])
+    assert torch.equal(seen[1], seen[0][50:60]), "a function of the image's number"
+    assert not torch.equal(dropped[:500], dropped[500:1000])
+
+
+def test_noise_levels_grow_with_the_side():
+    seen = []
+
+    def spy(sample, timestep, class_labels=None, augment_labels=None):
+        seen.append(4 * timestep)
+        return nothing_learned(sample, timestep)
+
+    clean = images(0.5, batch=5)
+    for size, shift in (((3, 5), 0.0), ((12, 20), 1.0), ((12, 20), 0.5)):  # their sides are as 1 : 4
+        training_loss(spy, clean.expand(-1, 2, -1, -1), size=size, noise_shift=shift, noise_size=math.sqrt(15))
+    # The noise level is the first draw of an image, whatever its size.
+    torch.testing.assert_close(seen[1], seen[0] + math.log(4))
+    torch.testing.assert_close(seen[2], seen[0] + math.log(4) / 2)
+
+
 def test_images_of_another_size_are_enlarged_as_pixel_centred_bilinear_interpolation():
     seen = []
 

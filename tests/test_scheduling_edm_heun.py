@@ -312,6 +312,41 @@ def test_churn_equals_algorithm_2_with_the_same_noise(s_churn, s_noise):
     assert (plain - textbook[-1]).abs().max() > 1e-2  # the churn mattered
 
 
+def test_churn_noise_of_a_noise_sampler():
+    """The same noise by a function of the shape gives the same path, and the generator is not touched."""
+    network, x = network_of(ref.two_peaks_denoiser), 80 * draw(2, 1, 4, 5)
+    scheduler = EDMHeunScheduler(s_churn=20.0, s_tmax=50.0)
+    scheduler.set_timesteps(9)
+    expected = run_scheduler(scheduler, network, x, generator=torch.Generator().manual_seed(5))[-1]
+
+    source, untouched, shapes = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6), []
+
+    def noise_sampler(shape):
+        shapes.append(tuple(shape))
+        return torch.randn(shape, generator=source)
+
+    scheduler.set_timesteps(9)
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(output, t, x, generator=untouched, noise_sampler=noise_sampler).prev_sample
+    assert torch.equal(x, expected) and set(shapes) == {(2, 1, 4, 5)} and len(shapes) > 3
+    assert torch.equal(untouched.get_state(), torch.Generator().manual_seed(6).get_state())
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_noise_scale_multiplies_the_levels(schedule):
+    scheduler = EDMHeunScheduler(sigma_schedule=schedule, s_churn=4.0)
+    scheduler.set_timesteps(7)
+    levels, timesteps, initial = scheduler.sigmas, scheduler.timesteps, scheduler.init_noise_sigma
+    scheduler.set_timesteps(7, noise_scale=2.5)
+    torch.testing.assert_close(scheduler.sigmas, 2.5 * levels)
+    torch.testing.assert_close(scheduler.timesteps, timesteps + math.log(2.5) / 4)
+    assert abs(scheduler.init_noise_sigma / initial - 2.5) < 1e-6
+    for scale in (0.0, -1.0, math.inf, "2"):
+        with pytest.raises(ValueError, match="`noise_scale` must"):
+            scheduler.set_timesteps(7, noise_scale=scale)
+
+
 def test_network_is_called_at_the_raised_level_after_the_noise():
     """With D = 0 the sample is white noise, of the very level told at every predictor call."""
     scheduler = EDMHeunScheduler(s_churn=9.0)
