@@ -101,6 +101,8 @@ class ModelSource:
     def __init__(self, pipe, steps: int, nested_noise: bool = True, **options):
         self.pipe, self.steps, self.nested_noise, self.options = pipe, steps, nested_noise, options
         self.digest = weights_digest(pipe.unet)
+        if pipe.guide is not None:
+            self.digest += " guided by " + weights_digest(pipe.guide)
 
     def key(self, size: Size) -> dict:
         config = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}

@@ -138,7 +138,8 @@ class ValidationLoss:
     """The loss on held-out images with the same noise at every call, so that two snapshots of a model can be compared.
 
     The noise levels are equally spaced quantiles of the training distribution, and the noise is a function of (seed,
-    image), so that the mean estimates the training loss with less variance than random levels would give.
+    image), so that the mean estimates the training loss with less variance than random levels would give. They are the
+    same at all sizes: a `noise_shift` of the training has no part in them, nor has label dropout.
 
     Args:
         dataset: held-out images by (index, (height, width)): items {"image", optionally "label"}.

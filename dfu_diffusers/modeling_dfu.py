@@ -743,7 +743,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         The Fourier layers are periodic, and here the 3x3 convolutions are, too. Where all levels halve the size
         without a rest, the output follows shifts of the input by whole pixels of the last level. None keeps the edges
-        apart.
+        apart. With gradient checkpointing the backward pass belongs inside, too.
 
         Raises:
             ValueError: other axes, or one whose `spectral_boundary` is "mirror".
@@ -754,7 +754,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ...     shifted = model(x.roll(1, 3), 0.1).sample
         ...     torch.testing.assert_close(shifted, model(x, 0.1).sample.roll(1, 3))
         """
-        periodic, before = self._periodic_axes(axes), self.conv_in.periodic
+        periodic, before = self._periodic_axes(axes), self.periodic
         self._set_periodic(periodic)
         try:
             yield
@@ -901,6 +901,11 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 4 * blocks)
         super().compile_repeated_blocks(*args, **kwargs)
+
+    @property
+    def periodic(self) -> tuple[bool, bool]:
+        """For (rows, columns) whether images tile the plane at present: by configuration or in `use_tileable`."""
+        return self.conv_in.periodic
 
     def _set_periodic(self, periodic: tuple[bool, bool]) -> None:
         for module in self.modules():

@@ -11,6 +11,7 @@ import math
 import operator
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,13 +80,20 @@ class DFUPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DFUPipeline":
-        """A DFUPipeline that shares the components of another pipeline; `kwargs` replace some, as in diffusers."""
+        """A DFUPipeline that shares the components of another pipeline; `kwargs` replace some, as in diffusers.
+
+        The weights keep their dtype unless `dtype` (`torch_dtype`) says otherwise; then both pipelines' change.
+        """
         # diffusers hands a model on only if the type hint names its very class, and ours admits any denoiser.
         if hasattr(pipeline, "unet"):
             kwargs.setdefault("unet", pipeline.unet)
         if getattr(pipeline, "guide", None) is not None:
             kwargs.setdefault("guide", pipeline.guide)
-        return super().from_pipe(pipeline, **kwargs)
+        with warnings.catch_warnings():
+            if not {"dtype", "torch_dtype"} & kwargs.keys():  # by default diffusers makes shared weights float32
+                kwargs["torch_dtype"] = pipeline.dtype
+                warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)  # the name that every release knows
+            return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
@@ -190,8 +198,9 @@ class DFUPipeline(DiffusionPipeline):
             strategy: see above. A callback sees the cascade's sample at the size that it has reached.
             cascade_sigma: noise level to which the cascade takes enlarged images, positive; the nearest of the
                 schedule. More of it redraws more.
-            cascade_hold: share, in [0, 1], of the small image's frequencies on each axis that stay as they are when a
-                stage of the cascade denoises the enlarged one. More of it keeps the layout, less leaves more to draw.
+            cascade_hold: share, in [0, 1], of the small image's frequencies on each axis, at least the mean unless it
+                is 0, that stay as they are when a stage of the cascade denoises the enlarged one. More of it keeps the
+                layout, less leaves more to draw.
             guidance_scale: weight w in D_weak + w (D - D_weak), a blend of denoised images; 1 switches it off. D_weak
                 is that of `guide` if the pipeline has one. Otherwise it is that of no class (classifier-free guidance,
                 arXiv 2207.12598): the last one, as in training with `--label_dropout`. Twice the network calls.
@@ -277,6 +286,11 @@ class DFUPipeline(DiffusionPipeline):
                     raise ValueError(f"`tileable` needs a DFUModel, but got a {type(model).__name__}: leave it out.")
                 stack.enter_context(model.use_tileable(axes))
             yield
+
+    @property
+    def _periodic(self) -> tuple[bool, bool]:
+        """For (rows, columns) whether the images tile the plane."""
+        return getattr(self.unet, "periodic", (False, False))
 
     def _denoise(
         self,
@@ -394,14 +408,14 @@ class DFUPipeline(DiffusionPipeline):
         """
         set_timesteps(size)
         self.scheduler.set_begin_index(begin)
-        large = F.interpolate(images, size, mode="bicubic", align_corners=False)
-        held = tuple(round(hold * side) for side in images.shape[-2:])
+        large = resize_bicubic(images, size, self._periodic)
+        held = tuple(max(1, round(hold * side)) for side in images.shape[-2:])
 
         def project(denoised):
             return denoised + fourier_resample(fourier_resample(large - denoised, held), size)
 
         noisy = self.scheduler.add_noise(large, draw_noise(large.shape), self.scheduler.timesteps[begin : begin + 1])
-        return noisy, project if min(held) > 0 else None
+        return noisy, project if hold > 0 else None
 
     def _set_timesteps(self, steps: int, shape: tuple[int, ...], noise_shift: float) -> None:
         """The schedule for images of `shape` (..., height, width)."""
@@ -541,6 +555,14 @@ class DFUPipeline(DiffusionPipeline):
                 f"`guidance_scale` {guidance_scale} needs a class-conditional model, or a weaker one beside this: "
                 "load the pipeline with `guide=`, or leave `guidance_scale` at 1."
             )
+        if guidance_scale != 1 and self.guide is not None:
+            names = ("in_channels", "out_channels", "num_class_embeds")
+            own, weak = ([getattr(each.config, name, None) or 0 for name in names] for each in (self.unet, self.guide))
+            if own[:2] != weak[:2] or own[2] > weak[2] or (own[2] == 0) != (weak[2] == 0):
+                raise ValueError(
+                    f"`guide` must take the images and class labels of `unet`, {dict(zip(names, own))}, but it has "
+                    f"{dict(zip(names, weak))}: load the pipeline with another, or leave `guidance_scale` at 1."
+                )
 
     def _class_labels(self, class_labels, batch_size: int) -> torch.Tensor | None:
         """Checked labels (batch_size,) on the execution device; None for an unconditional model."""
@@ -605,10 +627,11 @@ def _endless_normals(channels: int, height: int, width: int, generator: torch.Ge
     device = "cpu" if generator is None else generator.device
     table = (NOISE_LEVELS, NOISE_LEVELS)
     seeds = torch.randint(2**32, table, generator=generator, device=device).tolist()  # more bits a CPU seed has not
-    normals, source = torch.empty(channels, height, width), torch.Generator()
+    normals, source = torch.empty(channels, height, width, device="cpu"), torch.Generator("cpu")
     for row_seeds, (top, bottom) in zip(seeds, _octaves(height)):
         for seed, (left, right) in zip(row_seeds, _octaves(width)):
-            block = torch.randn(channels, bottom - top, right - left, generator=source.manual_seed(seed))
+            shape = (channels, bottom - top, right - left)
+            block = torch.randn(shape, generator=source.manual_seed(seed), device="cpu")  # not the default device
             normals[:, top:bottom, left:right] = block[:, : height - top, : width - left]
     return normals
 
@@ -633,19 +656,36 @@ def _resampling_matrix(old: int, new: int) -> torch.Tensor:
     return fourier_basis(count, new).T @ fourier_basis(count, old) * math.sqrt(new / old)
 
 
-def fourier_basis(count: int, n: int, device: str | torch.device | None = None) -> torch.Tensor:
+def fourier_basis(count: int, n: int) -> torch.Tensor:
     """The lowest `count` <= n functions of the real, pixel-centred Fourier basis on n pixels: (count, n), orthonormal.
 
     Row 0 is constant; rows 2k - 1 and 2k are the sine and cosine of k cycles per image. For even n the last row, the
-    sine at the Nyquist frequency, has no cosine beside it: at the pixel centres that is zero. float64.
+    sine at the Nyquist frequency, has no cosine beside it: at the pixel centres that is zero. float64, on the CPU.
     """
-    row = torch.arange(count, device=device)
+    row = torch.arange(count, device="cpu")
     cycles = (row + 1) // 2
-    phase = torch.outer(cycles, 2 * torch.arange(n, device=device) + 1) % (2 * n)  # integers: exact to the last bit
+    phase = torch.outer(cycles, 2 * torch.arange(n, device="cpu") + 1) % (2 * n)  # integers: exact to the last bit
     angle = phase.double() * (math.pi / n)
     alone = (cycles == 0) | (2 * cycles == n)
     scale = torch.where(alone, 1, 2).double().div(n).sqrt()
     return scale[:, None] * torch.where((row % 2 == 1)[:, None], angle.sin(), angle.cos())
+
+
+def resize_bicubic(
+    x: torch.Tensor, size: tuple[int, int], periodic: tuple[bool, bool] = (False, False), antialias: bool = False
+) -> torch.Tensor:
+    """x (batch, channels, H, W) on the grid `size`; along `periodic` axes opposite edges are neighbours."""
+    frames = []
+    for dim, old, new, joined in zip((2, 3), x.shape[-2:], size, periodic):
+        step = old // math.gcd(old, new)  # so many pixels are a whole number of new ones
+        frame = joined * step * math.ceil(2 * max(1, old / new) / step)  # as wide as the kernel reaches
+        if joined:
+            x = x.index_select(dim, torch.arange(-frame, old + frame, device=x.device) % old)
+        frames.append(frame * new // old)
+    (top, left), (height, width) = frames, size
+    framed = (height + 2 * top, width + 2 * left)
+    x = F.interpolate(x, framed, mode="bicubic", align_corners=False, antialias=antialias)
+    return x[..., top : top + height, left : left + width]
 
 
 def growing_sizes(small: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, int]]:

@@ -151,4 +151,9 @@ def _read_mask(mask, image: torch.Tensor) -> torch.Tensor:
             f"{image.shape[-2]}x{image.shape[-1]}, but got {len(mask)} of {mask.shape[-2]}x{mask.shape[-1]}: "
             "resize it."
         )
+    if 0 < mask.max() < 0.5:
+        raise ValueError(
+            f"`mask_image` marks no pixel: white is at least a half, 128 as a byte, but its highest value is "
+            f"{mask.max():.4g}, {255 * mask.max():.0f} as a byte: scale it, or pass booleans."
+        )
     return mask >= 0.5

@@ -14,12 +14,11 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
 
-from .pipeline_dfu import DFUPipeline, _check_count
+from .pipeline_dfu import DFUPipeline, _check_count, resize_bicubic
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +53,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         scale: float | None = None,
         strength: float = 0.2,
         num_inference_steps: int = 18,
-        consistency: bool = True,
+        consistency: bool | None = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -78,9 +77,10 @@ class DFUSuperResolutionPipeline(DFUPipeline):
                 keep what bicubic interpolation makes of the image; 1 keeps what `consistency` asks for, nothing more.
             num_inference_steps: steps of the whole schedule.
             consistency: the result, area-averaged to the size of the image (`resample` of modeling_dfu), is the image:
-                to 1/255 in each pixel after clamping and rounding to 8 bits. Where no image in [0, 1] does that, as
-                can be at a hard edge between black and white under a factor that is no integer, a warning says by how
-                much it is missed.
+                to 1/255 in each pixel after clamping and rounding to 8 bits. Under a factor that is no integer there
+                may be no such image in [0, 1]; then a warning says by how much it is missed. Below a factor of 2 that
+                is common, unless the image was made from one of the new size by averaging, and the attempt does harm:
+                the more, the nearer to 1. Hence None is True if both sides at least double, and False otherwise.
             class_labels: class of each image, or one for all, if the model is class-conditional.
             generator: source of all noise (`nested_noise`, which is one function at all sizes). A list has one per
                 image, and then each image is the same whatever its neighbours.
@@ -121,12 +121,19 @@ class DFUSuperResolutionPipeline(DFUPipeline):
             max_batch_size=max_batch_size,
         )
         shrinks = height < old_size[0] or width < old_size[1]
+        if consistency is None:
+            consistency = height >= 2 * old_size[0] and width >= 2 * old_size[1]
         if consistency and shrinks:
             raise ValueError(
                 f"With `consistency` no side may shrink, but {old_size[0]}x{old_size[1]} would become {height}x"
-                f"{width}: ask for a larger size, or pass `consistency=False`."
+                f"{width}: ask for a larger size, or leave `consistency` out."
             )
         tiles = _checked_tiles(tile_size, tile_overlap)
+        if tiles is not None and any(self._periodic):
+            raise ValueError(
+                "In tiles an image cannot tile the plane, for the model would join the edges of each tile: leave out "
+                "`tile_size`, or call the pipeline within `unet.use_tileable(None)`."
+            )
         class_labels = self._class_labels(class_labels, batch_size)
         self._check_guidance(guidance_scale)
         device = self._execution_device
@@ -136,7 +143,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         # 2. The image at the new size, with noise
         image = 2 * image.to(device) - 1
         average = AreaAverage(image, (height, width)) if consistency else None
-        large = F.interpolate(image, (height, width), mode="bicubic", align_corners=False, antialias=shrinks)
+        large = resize_bicubic(image, (height, width), self._periodic, antialias=shrinks)
         if average is not None:
             large = average.project(large)
         draw_noise = partial(self._draw_noise, generator=generator, nested=True)
@@ -322,7 +329,8 @@ def _read(image, channels: int, name: str) -> torch.Tensor:
     if isinstance(image, Image.Image):
         image = np.array(_in_mode(image, channels, name))
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image[..., None] if image.ndim == 2 else image).movedim(-1, -3)
+        image = np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)  # torch knows no negative strides
+        image = torch.from_numpy(image).movedim(-1, -3)
     if not torch.is_tensor(image):
         raise TypeError(
             f"`{name}` must be a PIL image, an array, a tensor or a list of these, but got {type(image).__name__}."
@@ -359,14 +367,16 @@ def _in_mode(image: Image.Image, channels: int, name: str) -> Image.Image:
 
 
 def _target_size(size: tuple[int, int], height, width, scale) -> tuple[int, int]:
-    """(height, width) of the result; what is given outright is returned unchecked."""
+    """(height, width) of the result; if both are given they are returned unchecked."""
     if scale is None and height is None and width is None:
         scale = 2
     if scale is None:
         proportion = size[1] / size[0]
-        if height is None and isinstance(width, (int, np.integer)):
+        if height is None:
+            _check_count("width", width)
             height = max(1, round(width / proportion))
-        if width is None and isinstance(height, (int, np.integer)):
+        if width is None:
+            _check_count("height", height)
             width = max(1, round(height * proportion))
         return height, width
     if height is not None or width is not None:

@@ -4,7 +4,8 @@
     python examples/upscale_dfu.py portrait.png other.png --scale 2.7
     python examples/upscale_dfu.py photo.jpg --height 1024 --tile_size 256
 
-Area-averaged to the size that it had, each result is the input again (--no_consistency gives the model a free hand).
+From twice the size on each result, area-averaged to the size that it had, is the input again (--consistency asks for
+that at any factor, --no-consistency gives the model a free hand).
 Writes OUTPUT_DIR/portrait_86x86.png and so on (height x width).
 """
 
@@ -35,7 +36,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--height", type=int, help="in pixels, instead of --scale; a side left out keeps the proportions")
     add("--width", type=int, help="in pixels, instead of --scale")
     add("--strength", type=float, help="in (0, 1]: how much is drawn anew (default: the pipeline's)")
-    add("--no_consistency", action="store_true", help="the result need not average to the input")
+    add(
+        "--consistency",
+        action=argparse.BooleanOptionalAction,
+        help="whether the result averages to the input (default: from a factor of 2 on)",
+    )
     add("--tile_size", type=int, help="let the network see squares of at most this side, to need less memory")
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter)")
     add("--num_inference_steps", type=int, default=18, help="of the whole schedule (default: %(default)s)")
@@ -74,7 +79,7 @@ def main(argv=None) -> list[Path]:
                 height=args.height,
                 width=args.width,
                 scale=args.scale,
-                consistency=not args.no_consistency,
+                consistency=args.consistency,
                 num_inference_steps=args.num_inference_steps,
                 class_labels=args.class_label,
                 generator=torch.Generator().manual_seed(args.seed),

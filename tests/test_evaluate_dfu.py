@@ -314,6 +314,12 @@ def test_other_bad_options_are_named(tmp_path, capsys, model, monkeypatch):
     assert text == "evaluate_dfu.py: The weights of inception cannot be fetched: connect to the Internet once."
 
 
+def test_images_of_another_guide_are_other_images(make_model):
+    unet, guides = make_model(), [None, make_model(), make_model(block_out_channels=(8, 8, 8))]
+    sources = [evaluation.ModelSource(DFUPipeline(unet, EDMHeunScheduler(), guide), 1) for guide in guides]
+    assert len({source.key((9, 8))["weights"] for source in sources}) == 3
+
+
 def test_damaged_files_and_infinite_pixels_are_named(tmp_path, model, make_model):
     collection = Collection(tmp_path, Portraits(), (16, 16), range(4), None)
     (tmp_path / "key.json").write_text("{")

@@ -256,6 +256,14 @@ def test_components_are_shared_every_way(pipe, pipeline_class):
         assert torch.equal(sample(back), sample(pipe))
 
 
+def test_shared_weights_keep_their_dtype(make, pipeline_class, recwarn):
+    pipe = make().to(torch.bfloat16)
+    assert DFUPipeline.from_pipe(pipe).dtype == pipeline_class.from_pipe(pipe).dtype == torch.bfloat16
+    assert pipe.unet.conv_in.spatial.weight.dtype == torch.bfloat16
+    assert not [warning for warning in recwarn if "dtype" in str(warning.message)]
+    assert DFUPipeline.from_pipe(pipe, torch_dtype=torch.float32).dtype == torch.float32
+
+
 def test_a_self_contained_folder_brings_all_it_needs(pipe, pipeline_class, tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))

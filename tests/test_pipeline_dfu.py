@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from reference.spectral import band_limited, coefficient
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.pipeline_dfu import fourier_basis, fourier_resample, growing_sizes, nested_noise
+from dfu_diffusers.pipeline_dfu import fourier_basis, fourier_resample, growing_sizes, nested_noise, resize_bicubic
 
 SCHEDULERS = [EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler]
 
@@ -271,6 +271,12 @@ def test_nested_noise_follows_its_generators():
     assert nested_noise((1, 3, 5, 8), seeded(3), dtype=torch.float64).dtype == torch.float64
 
 
+def test_nested_noise_is_the_same_under_another_default_device():
+    expected = nested_noise((1, 3, 5, 8), seeded(3))
+    with torch.device("meta"):
+        assert torch.equal(nested_noise((1, 3, 5, 8), seeded(3)), expected)
+
+
 def test_nested_noise_leaves_its_generator_in_one_state_at_all_sizes():
     generators = [seeded(3) for _ in NOISE_SIZES]
     for generator, size in zip(generators, NOISE_SIZES):
@@ -406,6 +412,29 @@ def test_cascade_holds_low_frequencies_of_the_small_picture(make_pipe, scheduler
     assert relative_error(fourier_resample(free, held), fourier_resample(enlarged, held)) > 1e-2
 
 
+def test_cascade_holds_narrow_images_too(make_pipe):
+    """A share of a side of one pixel is the whole side; a tiny share is the mean."""
+    pipe = make_pipe(sample_size=8)
+    kwargs = dict(height=16, width=2, strategy="cascade", cascade_sigma=5.0)
+    free, held, mean = (sample(pipe, 5, cascade_hold=hold, **kwargs) for hold in (0.0, 0.25, 0.01))
+    assert min(relative_error(free, held), relative_error(free, mean), relative_error(held, mean)) > 1e-2
+
+
+@pytest.mark.parametrize("old, new", [((8, 6), (16, 9)), ((7, 5), (13, 8)), ((1, 3), (2, 7)), ((9, 12), (4, 5))])
+@pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])
+def test_bicubic_resizing_wraps_along_periodic_axes(old, new, periodic):
+    """As the middle of an enlarged sheet of three by three copies, or of one where edges stay apart."""
+    x = torch.randn(2, 3, *old, generator=seeded(0))
+    copies = [3 if joined else 1 for joined in periodic]
+    options = dict(mode="bicubic", align_corners=False, antialias=new < old)
+    sheet = torch.nn.functional.interpolate(
+        x.repeat(1, 1, *copies), [n * count for n, count in zip(new, copies)], **options
+    )
+    (height, width), (top, left) = new, [n * (count // 2) for n, count in zip(new, copies)]
+    expected = sheet[..., top : top + height, left : left + width]
+    torch.testing.assert_close(resize_bicubic(x, new, periodic, antialias=new < old), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("strategy", ["guided", "cascade"])
 def test_strategies_keep_the_contract(make_pipe, strategy):
     pipe = make_pipe(EDMHeunScheduler(s_churn=10), sample_size=6, num_class_embeds=5)
@@ -519,6 +548,22 @@ def test_autoguidance_leads_away_from_the_guide(make_pipe, make_model):
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(sample(pipe, **kwargs), strong), "a scale of 1 asks nobody"
     torch.testing.assert_close(sample(pipe, guidance_scale=2.0, **kwargs), 2 * strong - weak, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "own, weak",
+    [
+        (dict(num_class_embeds=3), dict()),
+        (dict(), dict(num_class_embeds=3)),
+        (dict(num_class_embeds=3), dict(num_class_embeds=2)),
+        (dict(), dict(in_channels=1, out_channels=1)),
+    ],
+)
+def test_a_guide_of_other_images_or_classes(make_model, own, weak):
+    pipe = DFUPipeline(make_model(**own), EDMHeunScheduler(), make_model(**weak))
+    labels = 2 if own else None
+    with pytest.raises(ValueError, match="`guide` must take the images and class labels of `unet`, {'in_channels': 3"):
+        pipe(guidance_scale=2.0, class_labels=labels)
 
 
 def test_a_guide_is_saved_loaded_and_shared(make_pipe, make_model, tmp_path):
@@ -1022,6 +1067,18 @@ def test_pipelines_share_components(pipe):
     for each in (twin, other, stock):
         each.set_progress_bar_config(disable=True)
         assert each.unet is pipe.unet and torch.equal(sample(each), expected)
+
+
+def test_tileable_cascade(make_pipe, monkeypatch):
+    """The enlarged image has no edges along these axes either: with no noise to speak of, all is bicubic."""
+    pipe, kwargs = make_pipe(sample_size=8), dict(height=16, width=16, strategy="cascade", cascade_sigma=1e-3)
+    latents = nested_noise((1, 3, 16, 16), seeded(1))
+    for axes, shifts in (("x", (0, 16 // 2)), ("xy", (8, 8))):
+        image, moved = (
+            sample(pipe, 4, latents=noise, tileable=axes, cascade_hold=1.0, **kwargs)
+            for noise in (latents, latents.roll(shifts, (2, 3)))
+        )
+        assert relative_error(moved, image.roll(shifts, (2, 3))) < 1e-2
 
 
 @pytest.mark.parametrize("strategy", ["direct", "guided"])

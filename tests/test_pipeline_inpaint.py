@@ -153,6 +153,7 @@ def test_a_mask_for_each_image(pipe):
         (torch.zeros(3, 1, 12, 9), ValueError, "one for each of the 2 images, .* but got 3 of 12x9"),
         (torch.zeros(3, 12, 9), ValueError, "`mask_image` must have 1 channel"),
         (torch.full((12, 9), 255.0), ValueError, r"`mask_image` must hold floats in \[0, 1\]"),
+        (torch.ones(12, 9, dtype=torch.uint8), ValueError, "marks no pixel: .* highest value is 0.003922"),
         (torch.zeros(12, 9, dtype=torch.long), TypeError, "`mask_image` must hold bytes"),
         ([], ValueError, "`mask_image` must be at least one image"),
         (None, TypeError, "`mask_image` must be a PIL image"),

@@ -63,8 +63,8 @@ def consistency_error(images: list[Image.Image], small: torch.Tensor) -> float:
         (dict(height=9), (9, 14)),
         (dict(width=9), (6, 9)),
         (dict(height=5, width=13), (5, 13)),
-        (dict(scale=0.3, consistency=False), (1, 2)),
-        (dict(height=2, width=40, consistency=False), (2, 40)),
+        (dict(scale=0.3), (1, 2)),
+        (dict(height=2, width=40), (2, 40)),
         (dict(height=np.int64(7), width=np.int32(7)), (7, 7)),
     ],
 )
@@ -84,6 +84,7 @@ def test_target_sizes(pipe, arguments, size):
         (dict(scale=2, height=9), ValueError, "`scale` 2 takes the place of `height` and `width`"),
         (dict(height=0), ValueError, "`height` must be an integer of at least 1, but got 0"),
         (dict(height=8.0), TypeError, "`height` must be an integer of at least 1, but got 8.0"),
+        (dict(width=8.5), TypeError, "`width` must be an integer of at least 1, but got 8.5"),
         (dict(scale=0.9), ValueError, "no side may shrink, but 4x6 would become 4x5: ask for a larger size, or pass"),
         (dict(height=3, width=60), ValueError, "no side may shrink, but 4x6 would become 3x60"),
         (dict(tile_size=0), ValueError, "`tile_size` must be an integer of at least 1, but got 0"),
@@ -127,7 +128,7 @@ def test_projection_is_the_nearest_image_with_the_averages(h, w, more_rows, more
 def test_whole_factors_keep_every_image_to_a_level_of_8_bits(pipe, h, w, rows, columns, binary):
     small = noise_image(2, 3, h, w).mul(255).round() / 255
     small = small.round() if binary else small
-    images = enlarge(pipe, small, h * rows, w * columns)
+    images = enlarge(pipe, small, h * rows, w * columns, consistency=True)
     assert consistency_error(images, small) <= 1
 
 
@@ -136,7 +137,7 @@ def test_whole_factors_keep_every_image_to_a_level_of_8_bits(pipe, h, w, rows, c
 def test_other_factors_keep_what_has_a_larger_image(pipe, h, w, scale):
     height, width = round(scale * h), round(scale * w)
     small = resample(noise_image(2, 3, height, width, low=0.1, high=0.9), (h, w))
-    assert consistency_error(enlarge(pipe, small, scale=scale), small) <= 1
+    assert consistency_error(enlarge(pipe, small, scale=scale, consistency=True), small) <= 1
 
 
 def test_every_output_type_is_consistent(pipe):
@@ -152,7 +153,7 @@ def test_what_no_image_can_do_is_said(pipe, monkeypatch):
     warned = []
     monkeypatch.setattr(module.logger, "warning", warned.append)
     small = torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2)  # at three pixels the middle one belongs to both
-    images = enlarge(pipe, small, height=1, width=3)
+    images = enlarge(pipe, small, height=1, width=3, consistency=True)
     assert "1x3 in [0, 1] was found" in warned[0] and "/255" in warned[0]
     assert 1 < consistency_error(images, small) <= 255 / 3
 
@@ -160,6 +161,12 @@ def test_what_no_image_can_do_is_said(pipe, monkeypatch):
 def test_without_consistency_the_network_is_free(pipe):
     small = noise_image(1, 3, 5, 4)
     assert consistency_error(enlarge(pipe, small, consistency=False), small) > 5
+
+
+def test_consistency_is_the_default_where_both_sides_double(pipe):
+    small = noise_image(1, 3, 5, 4)
+    for size, expected in [((10, 8), True), ((10, 7), False), ((9, 8), False)]:
+        assert (consistency_error(enlarge(pipe, small, *size), small) <= 1) == expected
 
 
 # --- The analytic answer ---
@@ -238,6 +245,20 @@ def test_tiles_bound_what_the_network_sees_and_their_order_is_nothing(pipe, monk
     assert torch.equal(enlarge(pipe, small, tile_size=99, output_type="latent", strength=0.75), whole)
 
 
+def test_tiles_of_a_tileable_model(make_model):
+    """Its edges would meet within each tile. Without tiles the bicubic start wraps, too."""
+    pipe = DFUSuperResolutionPipeline(make_model(tileable="x"), EDMHeunScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    image = noise_image(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="In tiles an image cannot tile the plane"):
+        pipe(image, tile_size=8)
+    with pipe.unet.use_tileable(None):
+        pipe(image, tile_size=8, num_inference_steps=1)
+    options = dict(strength=0.01, consistency=False, latents=torch.zeros(1, 3, 16, 16), output_type="latent")
+    large, moved = (pipe(x, **options).images for x in (image, image.roll(4, 3)))
+    torch.testing.assert_close(moved, large.roll(8, 3), atol=1e-3, rtol=0)
+
+
 def test_tiles_change_nothing_for_a_network_that_looks_at_pixels():
     pipe = silent(DFUSuperResolutionPipeline(GaussianDenoiser(), EDMHeunScheduler()))
     small = noise_image(1, 2, 9, 11)
@@ -261,6 +282,12 @@ def test_forms_of_an_image():
         assert torch.equal(read_images([form, form], 3), read.repeat(2, 1, 1, 1) if read.shape[0] == 1 else read)
     mixed = read_images(forms, 3)
     torch.testing.assert_close(mixed, expected.expand(len(forms), -1, -1, -1), atol=1e-6, rtol=0)
+
+
+def test_arrays_with_flipped_axes():
+    array = np.random.default_rng(0).random((5, 4, 3), dtype=np.float32)
+    flipped = torch.from_numpy(array).flip(1, 2).permute(2, 0, 1)[None]
+    assert torch.equal(read_images(array[:, ::-1, ::-1], 3), flipped)
 
 
 def test_grey_images():
