@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A page to try a DFU model on in the browser: pictures of any height and width, and one seed at many sizes.
+"""A page to try a DFU model on in the browser: any height and width, one seed at many sizes, uploads enlarged.
 
     python examples/space/app.py [--model FOLDER_OR_HUB_ID] [--port 7860] [--share]
 
@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,31 +21,35 @@ import gradio as gr
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.utils.torch_utils import get_device
+from gradio.utils import get_upload_folder
 from huggingface_hub import ModelCard
+from PIL import Image, ImageOps
 
-from dfu_diffusers import DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
+from dfu_diffusers.pipeline_dfu import STRATEGIES
 from dfu_diffusers.resolutions import format_resolution, parse_resolution
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # demo.py is there in the repository; in a Space it lies beside this file
-from demo import noise_of_portrait  # noqa: E402  noise whose low Fourier modes agree at all sizes
-
 MODEL = os.environ.get("DFU_MODEL", str(HERE.parent.parent / "checkpoints" / "dfu-portraits"))
 HEUN = "EDM Heun"
 SAMPLERS = {HEUN: EDMHeunScheduler, "EDM Euler": EDMEulerScheduler, "DPM-Solver++": EDMDPMSolverMultistepScheduler}
-MAX_SEED, MAX_CHURN = 2**32 - 1, 20
+TILEABLE = ("none", "x", "y", "xy")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow would open many more, some by way of other programs
+MAX_SEED, MAX_CHURN, MIN_STRENGTH = 2**32 - 1, 20, 0.05
 BAR = gr.Progress()  # gradio looks for it among the defaults of a function
 
 INTRODUCTION = """# {name}: pictures at any size
-One set of weights draws at **whatever height and width you ask for**; nothing is resized. Choose a size and press the
+One set of weights draws at **whatever height and width you ask for**. Choose a size and press the
 button. Keep the seed and change the size, and the same picture comes again."""
 EXPECT = """This model's own size is {own} px. Every size runs; the further beyond its own, the more a picture can
 lose.\n\n{about}"""
 FONT = ["system-ui", "sans-serif"]  # the visitor's own: nothing is loaded from elsewhere
-LOOKS = {
+LAUNCH = {
+    "max_file_size": "10mb",  # of an upload
     "theme": gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=["monospace"]),
     # Small pictures are shown enlarged, pixels as squares, and all at once rather than in a box that scrolls.
-    "css": "#pictures img {image-rendering: pixelated} #pictures .grid-wrap {max-height: none; overflow: auto}",
+    "css": """#pictures img, #upload img {image-rendering: pixelated}
+        #pictures .grid-wrap {max-height: none; overflow: auto}""",
 }
 
 
@@ -80,15 +85,18 @@ class Studio:
         self.channels, self.classes = config.in_channels, config.num_class_embeds
         self.name, self.about = read_card(model)
         self.running = {}  # session -> its latest run
+        self.network = threading.Lock()  # a stopped run may still be in its last step when the next one begins
 
-    def generate(self, height, width, count, seed, steps, sampler, churn, label, request: gr.Request, progress=BAR):
+    def generate(self, height, width, count, strategy, tileable, seed, steps, sampler, churn, label,
+                 request: gr.Request, progress=BAR):  # fmt: skip
         """Several seeds at one size."""
         most = self.limits.max_side
         size = checked("The height", height, 1, most), checked("The width", width, 1, most)
         count = checked("The number of pictures", count, 1, self.limits.max_images)
-        yield from self.draw([size], seed, count, steps, sampler, churn, label, request, progress)
+        yield from self.draw([size], count, strategy, tileable, seed, steps, sampler, churn, label, request, progress)
 
-    def compare(self, sizes, seed, steps, sampler, churn, label, request: gr.Request, progress=BAR):
+    def compare(self, sizes, strategy, tileable, seed, steps, sampler, churn, label,
+                request: gr.Request, progress=BAR):  # fmt: skip
         """One seed at several sizes, a list such as "32, 48, 96x64"."""
         words = re.sub(r"\s*[x×]\s*", "x", str(sizes or "").lower()).replace(",", " ").split()
         most, sizes = self.limits.max_images, []
@@ -100,24 +108,60 @@ class Studio:
             except ValueError as error:
                 raise refusal(f"{word} is no size: write HEIGHT or HEIGHTxWIDTH, such as 64 or 96x64.") from error
             sizes.append(tuple(checked(f"A side of {word}", side, 1, self.limits.max_side) for side in sides))
-        yield from self.draw(list(dict.fromkeys(sizes)), seed, 1, steps, sampler, churn, label, request, progress)
+        sizes = list(dict.fromkeys(sizes))
+        yield from self.draw(sizes, 1, strategy, tileable, seed, steps, sampler, churn, label, request, progress)
 
-    def draw(self, sizes, first_seed, count, steps, sampler, churn, label, request, progress):
-        """Checks the rest, then yields the gallery once: a PNG file and a caption for each size and seed."""
+    def enlarge(self, picture, scale, strength, consistency, seed, steps, sampler, churn, label,
+                request: gr.Request, progress=BAR):  # fmt: skip
+        """An uploaded picture, `scale` times as high and wide."""
+        most = self.limits.max_side
+        scale = checked("The factor", scale, 1, most, whole=False)
+        strength = checked("The strength", strength, MIN_STRENGTH, 1, whole=False)
+        image = read_upload(picture, most).convert("L" if self.channels == 1 else "RGB")
+        size = round(scale * image.height), round(scale * image.width)
+        if max(size) > most:
+            raise refusal(
+                f"The picture would become {format_resolution(size)}, but a side has at most {most:,} pixels: choose "
+                "a smaller factor or picture."
+            )
+        self.check_pixels(size[0] * size[1])
+        inputs = {"image": image, "strength": strength, "consistency": bool(consistency)}
+        kind = DFUSuperResolutionPipeline
+        yield from self.run(kind, inputs, [size], 1, seed, steps, sampler, churn, label, request, progress)
+
+    def draw(self, sizes, count, strategy, tileable, *settings):
+        """`count` pictures at each size, out of nothing."""
+        strategy = chosen("strategy", strategy, STRATEGIES)
+        tileable = chosen("tiling", tileable, TILEABLE)
+        areas = [height * width for height, width in sizes]
+        if strategy == "guided":  # sees a small picture behind each that is larger than the model's own size
+            own_height, own_width = self.own_size
+            beyond = sum(height > own_height or width > own_width for height, width in sizes)
+            areas.append(beyond * own_height * own_width)
+        self.check_pixels(count * sum(areas))
+        inputs = {"batch_size": count, "strategy": strategy, "tileable": None if tileable == "none" else tileable}
+        yield from self.run(DFUPipeline, inputs, sizes, count, *settings)
+
+    def check_pixels(self, pixels):
+        if pixels > self.limits.max_pixels:
+            raise refusal(
+                f"{pixels:,} pixels are more than the {self.limits.max_pixels:,} of one request: choose fewer or "
+                "smaller pictures."
+            )
+
+    def run(self, kind, inputs, sizes, count, first_seed, steps, sampler, churn, label, request, progress):
+        """Checks the rest and calls a pipeline of this kind for each size.
+
+        Yields the gallery once: a PNG file and a caption for each size and seed.
+        """
         first_seed = checked("The seed", first_seed, 0, MAX_SEED)
         steps = checked("The number of steps", steps, 1, self.limits.max_steps)
         churn = checked("The churn", churn, 0, MAX_CHURN, whole=False)
         label = checked("The class", label, 0, self.classes - 1) if self.classes else None
-        if sampler not in SAMPLERS:
-            raise refusal(f"There is no sampler {sampler}: choose one of {', '.join(SAMPLERS)}.")
-        pixels, most = count * sum(height * width for height, width in sizes), self.limits.max_pixels
-        if pixels > most:
-            raise refusal(
-                f"{pixels:,} pixels are more than the {most:,} of one request: choose fewer or smaller pictures."
-            )
+        sampler = chosen("sampler", sampler, SAMPLERS)
 
         options = {"s_churn": churn} if sampler == HEUN else {}  # the others have none
-        pipe = DFUPipeline(self.pipe.unet, SAMPLERS[sampler].from_config(self.pipe.scheduler.config, **options))
+        pipe = kind(self.pipe.unet, SAMPLERS[sampler].from_config(self.pipe.scheduler.config, **options))
         pipe.set_progress_bar_config(disable=True)
         session, run, gallery = request and request.session_hash, object(), []
         self.running[session] = run
@@ -125,30 +169,37 @@ class Studio:
         def on_step_end(pipe, step, timestep, tensors):
             done = len(gallery) // count
             part = (step + 1) / pipe.num_timesteps
-            progress((done + part) / len(sizes), desc=f"Drawing {format_resolution(sizes[done])}")
+            reached = tuple(tensors["latents"].shape[-2:])  # a cascade begins small
+            now = "" if reached == sizes[done] else f", now at {format_resolution(reached)}"
+            progress((done + part) / len(sizes), desc=f"Drawing {format_resolution(sizes[done])}{now}")
             pipe._interrupt = self.running.get(session) is not run
             return {}
 
         with tempfile.TemporaryDirectory() as folder:  # gradio copies the files before it asks for more
-            for size in sizes:
-                seeds = range(first_seed, first_seed + count)
-                images = pipe(
-                    batch_size=count,
-                    height=size[0],
-                    width=size[1],
-                    num_inference_steps=steps,
-                    class_labels=label,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # of the churn
-                    latents=torch.stack([noise_of_portrait(seed, *size)[: self.channels] for seed in seeds]),
-                    callback_on_step_end=on_step_end,
-                ).images
-                if pipe.interrupt:
-                    raise gr.Error("Stopped: press the button again for a new run.", print_exception=False)
-                for seed, image in zip(seeds, images):
-                    path = Path(folder) / f"seed{seed}_{format_resolution(size)}.png"
-                    image.save(path)
-                    gallery.append((str(path), f"{format_resolution(size)}, seed {seed}"))
-            self.running.pop(session, None)
+            try:
+                for size in sizes:
+                    seeds = range(first_seed, first_seed + count)
+                    with self.network:
+                        images = pipe(
+                            **inputs,
+                            height=size[0],
+                            width=size[1],
+                            num_inference_steps=steps,
+                            class_labels=label,
+                            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                            callback_on_step_end=on_step_end,
+                        ).images
+                    if pipe.interrupt:
+                        raise gr.Error("Stopped: press the button again for a new run.", print_exception=False)
+                    for seed, image in zip(seeds, images):
+                        path = Path(folder) / f"seed{seed}_{format_resolution(size)}.png"
+                        image.save(path)
+                        gallery.append((str(path), f"{format_resolution(size)}, seed {seed}"))
+            except ValueError as error:  # what this model cannot do, such as to join its edges
+                raise refusal(str(error)) from error
+            finally:
+                if self.running.get(session) is run:
+                    self.running.pop(session, None)
             yield gallery
 
     def stop(self, request: gr.Request) -> None:
@@ -163,6 +214,32 @@ def checked(name: str, value, low: int, high: int, whole: bool = True) -> float:
         wrong = "is missing" if value in (None, "") else f"cannot be {str(value)[:20]}"
         raise refusal(f"{name} {wrong}: choose a {'whole ' if whole else ''}number from {low} to {high:,}.")
     return int(value) if whole else value
+
+
+def chosen(name: str, value, choices) -> str:
+    """`value` if it is one of the choices, or an error that tells them."""
+    if value not in list(choices):
+        raise refusal(f"There is no {name} {str(value)[:20]}: choose one of {', '.join(choices)}.")
+    return value
+
+
+def read_upload(picture: dict | None, max_side: int) -> Image.Image:
+    """The picture that was uploaded as gradio's `picture`, upright, or an error: its pixels are read only if few."""
+    path = (picture or {}).get("path")
+    if not path:
+        raise refusal("The picture is missing: upload one.")
+    if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):  # asked for by hand
+        raise refusal("This picture was not uploaded: upload it.")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) <= max_side:
+                return ImageOps.exif_transpose(image)
+            size = format_resolution(image.size[::-1])
+    except Image.DecompressionBombError as error:
+        raise refusal(f"The picture is far too large: a side has at most {max_side:,} pixels.") from error
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        raise refusal(f"This file cannot be read: upload a picture of type {', '.join(FORMATS)}.") from error
+    raise refusal(f"The picture has {size} pixels, but a side has at most {max_side:,}: upload a smaller one.")
 
 
 def refusal(message: str) -> gr.Error:
@@ -186,7 +263,7 @@ def read_card(model: str | Path) -> tuple[str, str]:
 def build(studio: Studio) -> gr.Blocks:
     """The page: on the left a tab for each way to ask, and what they share; the pictures on the right.
 
-    A new way, say enlarging an upload, is one more tab with a button, and one more of the `runs`.
+    A new way is one more tab with a button, and one more of the `runs`.
     """
     limits, (height, width) = studio.limits, (min(side, studio.limits.max_side) for side in studio.own_size)
     count = max(1, min(4, limits.max_images, limits.max_pixels // (height * width)))
@@ -218,9 +295,25 @@ def build(studio: Studio) -> gr.Blocks:
                     info = "HEIGHT or HEIGHTxWIDTH, with commas between"
                     sizes = gr.Textbox(several, label="Sizes in pixels", info=info, elem_id="sizes")
                     compare = gr.Button("Draw at each size", variant="primary", elem_id="compare")
+                with gr.Tab("Enlarge a picture"):
+                    upload = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 240}
+                    picture = gr.Image(label="Picture", elem_id="upload", **upload)
+                    scale = gr.Number(2, label="Factor, such as 2 or 2.7", step=0.1, elem_id="scale")
+                    info = "how much is drawn anew"
+                    strength = gr.Slider(MIN_STRENGTH, 1, 0.2, step=0.05, label="Strength", info=info)
+                    info = "averaged back to its size, the result is the picture itself"
+                    consistency = gr.Checkbox(True, label="Keep the original", info=info)
+                    enlarge = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
                 stop = gr.Button("Stop", size="sm", elem_id="stop")
                 label = gr.Dropdown(classes, value=0 if classes else None, label="Class", visible=bool(classes))
                 with gr.Accordion("Advanced", open=False):
+                    info = (
+                        "Drawing beyond the model's own size. guided: the layout is that of a small picture, seen at "
+                        "every step. cascade: a small picture is drawn, enlarged, and its detail drawn anew."
+                    )
+                    strategy = gr.Radio(list(STRATEGIES), value="direct", label="Strategy", info=info)
+                    info = "Drawing pictures that repeat without a seam: to the side (x), upwards (y) or both."
+                    tileable = gr.Radio(list(TILEABLE), value="none", label="Tileable", info=info)
                     steps = gr.Slider(1, limits.max_steps, min(18, limits.max_steps), step=1, label="Steps")
                     sampler = gr.Radio(list(SAMPLERS), value=(own_sampler or [HEUN])[0], label="Sampler")
                     churn = gr.Slider(0, MAX_CHURN, 0, step=0.5, label="Churn: fresh noise at each EDM Heun step")
@@ -232,10 +325,11 @@ def build(studio: Studio) -> gr.Blocks:
 
         # Without preprocessing it is `checked` that refuses a value, for it names the remedy, too.
         one_at_a_time = {"outputs": pictures, "preprocess": False, "concurrency_id": "network", "concurrency_limit": 1}
-        settings = [seed, steps, sampler, churn, label]
+        settings, layout = [seed, steps, sampler, churn, label], [strategy, tileable]
         runs = [
-            generate.click(studio.generate, [height, width, images, *settings], **one_at_a_time),
-            compare.click(studio.compare, [sizes, *settings], **one_at_a_time),
+            generate.click(studio.generate, [height, width, images, *layout, *settings], **one_at_a_time),
+            compare.click(studio.compare, [sizes, *layout, *settings], **one_at_a_time),
+            enlarge.click(studio.enlarge, [picture, scale, strength, consistency, *settings], **one_at_a_time),
         ]
         dice.click(None, outputs=seed, js="() => Math.floor(1e6 * Math.random())")
         stop.click(studio.stop, cancels=runs, queue=False, api_visibility="private")
@@ -255,7 +349,7 @@ def main(argv=None) -> None:
         studio = Studio(args.model)
     except (OSError, ValueError) as error:  # no such model, or none to be shown: the message says why
         parser.error(str(error))
-    build(studio).launch(server_port=args.port, share=args.share, **LOOKS)
+    build(studio).launch(server_port=args.port, share=args.share, **LAUNCH)
 
 
 if __name__ == "__main__":
