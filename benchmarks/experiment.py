@@ -24,16 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dfu_diffusers import DFUModel
+from dfu_diffusers import DFUModel, DFUPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x"}
 FAR = 2  # beyond this factor only some runs are sampled
-FAR_RUNS = ["dual-0", "spatial-0", "spectral-0"]
+FAR_RUNS = ["dual-0", "spatial-0"]
+LABEL = 16  # px, height of a line of text in the picture
 COLUMNS = {"fd": "fidelity: Frechet distance", "coherence": "coherence: Frechet distance after averaging down"}
 CONFIG = {
     "block_out_channels": [32, 64, 64],
@@ -140,6 +140,8 @@ def train(names: list[str], budget: Budget, output: Path) -> None:
             continue
         print(f"Training {run}.", flush=True)
         subprocess.run(training_command(run, budget, output, int(run.rsplit("-", 1)[1])), check=True)
+        if not (output / run / "model_index.json").exists():
+            raise SystemExit(f"{run} was stopped before its end: the same command goes on with it.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def by_kind(rows: list[dict], column: str) -> dict[str, dict[int, list[float]]]:
     values = defaultdict(lambda: defaultdict(list))
     for row in rows:
         name = row["kind"] if row["method"] in ("model", "real") else f"{row['kind']}, {row['method']}"
-        if column in row and (row["method"] != "fourier" or row["kind"] == "dual"):
+        if column in row and (row["method"] in ("model", "real") or row["kind"] == "dual"):
             values[name][row["size"]].append(row[column])
     return values
 
@@ -200,8 +202,7 @@ def table(rows: list[dict], column: str, heading: str, budget: Budget) -> str:
     lines = [f"| {heading} | " + " | ".join(f"{size} px, {factors[size]}" for size in sizes) + " |"]
     lines.append("|---" * (len(sizes) + 1) + "|")
     for name, row in values.items():
-        cells = [" / ".join(f"{value:.3g}" for value in row.get(size, [])) for size in sizes]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(numbers(row.get(size, [])) for size in sizes) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -215,10 +216,10 @@ def plot(rows: list[dict], path: Path, largest: int) -> None:
     figure, axes = plt.subplots(1, len(COLUMNS), figsize=(5 * len(COLUMNS), 4))
     for axis, (column, heading) in zip(axes, COLUMNS.items()):
         for number, (name, values) in enumerate(by_kind(rows, column).items()):
-            sizes, style = sorted(values), "k--" if name == "real" else f"C{number % 10}"
-            axis.plot(sizes, [mean(values[size]) for size in sizes], style, label=name)
+            sizes, color = sorted(values), "k" if name == "real" else f"C{number % 10}"
+            axis.plot(sizes, [mean(values[size]) for size in sizes], color=color, label=name)
             dots = [(size, value) for size in sizes for value in values[size]]
-            axis.plot(*zip(*dots), style[:2].rstrip("-"), marker=".", linestyle="none")
+            axis.plot(*zip(*dots), color=color, marker=".", linestyle="none")
         axis.axvline(largest, color="0.8", zorder=0)
         axis.set(title=heading, xlabel="size, px (grey: largest in training)", yscale="log")
     axes[-1].legend(fontsize="small")
@@ -228,33 +229,25 @@ def plot(rows: list[dict], path: Path, largest: int) -> None:
 
 
 def picture(output: Path, budget: Budget, seeds: int = 3, cell: int = 128) -> Image.Image:
-    """The same seeds from 1x to 4x: sampled by `dual`, enlarged bilinearly from 1x, and sampled by `spatial`."""
+    """The same seeds from 1x to 4x, in threes: sampled by `dual`, enlarged from 1x, and sampled by `spatial`."""
     sizes = budget.sizes(far=False) + budget.sizes(far=True)
-    kinds, margin = ("dual-0", "dual-0, enlarged", "spatial-0"), 16
-    sheet = Image.new("RGB", (len(sizes) * (cell + 2), margin + seeds * (3 * (cell + 2) + 8)), "white")
-    draw = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (len(sizes) * cell, LABEL + seeds * (3 * cell + LABEL)), "white")
+    pipes = [DFUPipeline.from_pretrained(output / run, torch_dtype=torch.bfloat16) for run in ("dual-0", "spatial-0")]
+    smallest = samples(pipes[0], sizes[0], seeds)
     for column, size in enumerate(sizes):
-        draw.text((column * (cell + 2) + 2, 2), f"{size} px", fill="black")
-        for seed in range(seeds):
-            for line, kind in enumerate(kinds):
-                enlarged = kind.endswith("enlarged")
-                image = sample(output, kind.removesuffix(", enlarged"), sizes[0] if enlarged else size, seed)
-                if enlarged:
-                    image = image.resize((size, size), Image.Resampling.BILINEAR)
-                place = (column * (cell + 2), margin + seed * (3 * (cell + 2) + 8) + line * (cell + 2))
-                sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), place)
+        ImageDraw.Draw(sheet).text((column * cell + 2, 2), f"{size} px", fill="black")
+        dual, spatial = (samples(pipe, size, seeds) for pipe in pipes)
+        enlarged = [image.resize((size, size), Image.Resampling.BILINEAR) for image in smallest]
+        for seed, trio in enumerate(zip(dual, enlarged, spatial)):
+            for line, image in enumerate(trio):
+                top = LABEL + seed * (3 * cell + LABEL) + line * cell
+                sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (column * cell, top))
     return sheet
 
 
-def sample(output: Path, run: str, size: int, seed: int) -> Image.Image:
-    """Image number `seed` of a run, as `evaluate` kept it."""
-    for part in ("near", "far"):
-        for path in sorted((output / part / "samples" / run / f"{size}x{size}").glob("*.npz")):
-            with np.load(path) as batch:
-                found = np.flatnonzero(batch["indices"] == seed)
-                if len(found):
-                    return Image.fromarray(batch["pixels"][found[0]])
-    raise SystemExit(f"There is no sample of {run} at {size} px: run `evaluate` first.")
+def samples(pipe: DFUPipeline, size: int, seeds: int) -> list[Image.Image]:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    return pipe(batch_size=seeds, height=size, width=size, generator=generators).images
 
 
 def claims(rows: list[dict], budget: Budget) -> str:

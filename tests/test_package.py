@@ -80,11 +80,12 @@ def test_paths_and_links_in_documents_exist(document):
 
 
 def test_python_in_the_readme_runs(tmp_path, monkeypatch):
-    """The five-line use, on the shipped checkpoint."""
+    """The five-line use and what goes on from it, on the shipped checkpoint."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
+    names = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "portrait.png").stat().st_size > 1000
