@@ -245,7 +245,9 @@ def _parse_boundary(boundary) -> tuple[str, str]:
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a matrix product on x runs: autocast lowers everything but float64."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # torch.compile in torch 2.6 cannot look into `is_autocast_available`, and needs not: it is for meta tensors.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if x.dtype != torch.float64 and available and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

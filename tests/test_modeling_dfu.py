@@ -856,7 +856,7 @@ def test_memory_of_a_forward_without_gradients():
         with torch.no_grad(), LiveMemory() as memory:
             model(x.to("meta"), 0.1)
     features = 4 * model.config.block_out_channels[0] * 256 * 256
-    assert 6 * features < memory.peak < 9 * features
+    assert 6 * features < memory.peak < 10.5 * features  # 8.7 with torch 2.13, 10.2 with torch 2.6
 
 
 def test_work_in_place_changes_nothing(make_model):
