@@ -214,17 +214,18 @@ def plot(rows: list[dict], path: Path, largest: int) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(COLUMNS), figsize=(5 * len(COLUMNS), 4))
+    colors = {name: "k" if name == "real" else f"C{number % 10}" for number, name in enumerate(by_kind(rows, "fd"))}
     for axis, (column, heading) in zip(axes, COLUMNS.items()):
-        for number, (name, values) in enumerate(by_kind(rows, column).items()):
-            sizes, color = sorted(values), "k" if name == "real" else f"C{number % 10}"
+        for name, values in by_kind(rows, column).items():
+            sizes, color = sorted(values), colors[name]
             axis.plot(sizes, [mean(values[size]) for size in sizes], color=color, label=name)
             dots = [(size, value) for size in sizes for value in values[size]]
             axis.plot(*zip(*dots), color=color, marker=".", linestyle="none")
         axis.axvline(largest, color="0.8", zorder=0)
         axis.set(title=heading, xlabel="size, px (grey: largest in training)", yscale="log")
-    axes[-1].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -315,7 +316,7 @@ def report(output: Path, budget: Budget, results: Path) -> None:
         f"{budget.images} images a size from seeds 0 to {budget.images - 1}, 18 Heun steps in bfloat16; "
         f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit'][:7]}."
     )
-    parts = [setting, *(table(rows, column, heading, budget) for column, heading in COLUMNS.items())]
+    parts = [setting, "", *(table(rows, column, heading, budget) for column, heading in COLUMNS.items())]
     text = "\n".join([*parts, claims(rows, budget)])
     (results / "experiment.md").write_text(f"# Beyond the training sizes\n\n{text}", encoding="utf-8")
     print(text)
