@@ -49,7 +49,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from safetensors import safe_open
 
 from . import _TRAVELLING, __version__
-from .pipeline_dfu import DFUPipeline, code_files
+from .pipeline_dfu import DFUPipeline, code_files, with_neighbours
 
 logger = logging.getLogger(__name__)
 
@@ -212,13 +212,7 @@ def _code(folder: Path) -> list[Path]:
     places = {"_class_name": folder, **{name: folder / name for name in _components(folder)}}
     named = [(places[name], str(index[name][0])) for name in places if isinstance(index.get(name), list)]
     paths = [place / f"{module}.py" for place, module in named if re.fullmatch(r"\w+", module)]
-    found = []
-    for path in paths:  # which grows on the way
-        if path.is_file() and path not in found:
-            found.append(path)
-            neighbours = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
-            paths += [path.with_name(f"{name}.py") for name in neighbours]
-    return found
+    return list(dict.fromkeys(each for path in paths if path.is_file() for each in with_neighbours(path)))
 
 
 def convert(folder: str | Path, dtype: str, max_shard_size: str = "10GB") -> list[Path]:

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import json
 import math
+import numbers
 import operator
 import re
 import sys
@@ -220,29 +221,28 @@ class DFUPipeline(DiffusionPipeline):
         """
         # 1. Inputs
         height, width = self._size(height, width)
-        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        self.check_inputs(
-            batch_size,
-            height,
-            width,
-            num_inference_steps,
-            generator,
-            latents,
-            output_type,
-            callback_inputs,
-            max_batch_size,
+        run = self._begin(
+            batch_size=batch_size,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            class_labels=class_labels,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_batch_size=max_batch_size,
+            guidance_scale=guidance_scale,
+            nested=nested_noise,
         )
         self._check_strategy(strategy, cascade_sigma, cascade_hold, noise_shift)
-        class_labels = self._class_labels(class_labels, batch_size)
-        self._check_guidance(guidance_scale)
-        device = self._execution_device
-        self._interrupt = False
+        draw_noise = run["draw_noise"]
 
         # 2. Noise, in float32 throughout: at sigma 80 half precision would swallow the image
-        draw_noise = partial(self._draw_noise, generator=generator, nested=nested_noise)
         if latents is None:
             latents = draw_noise((batch_size, self.unet.config.in_channels, height, width))
-        latents = latents.to(device, torch.float32)
+        latents = latents.to(self._execution_device, torch.float32)
         small = self._small_size(height, width) if strategy != "direct" else (height, width)
         if strategy == "cascade":  # begins with the low modes of the same noise
             latents = fourier_resample(latents, small) * math.sqrt(height * width / math.prod(small))
@@ -250,25 +250,15 @@ class DFUPipeline(DiffusionPipeline):
         latents = latents * self.scheduler.init_noise_sigma
 
         # 3. Denoise
-        timesteps, growth = self.scheduler.timesteps, {}
-        if strategy == "cascade":
+        timesteps, growth, project = self.scheduler.timesteps, {}, None
+        if strategy == "guided" and small != (height, width):
+            project = partial(self._with_layout, small, run["predict"])
+        elif strategy == "cascade":
             set_timesteps = partial(self._set_timesteps, num_inference_steps, noise_shift=noise_shift)
             grow = partial(self._grow, set_timesteps, draw_noise, cascade_hold)
             timesteps, growth = self._cascade(small, (height, width), cascade_sigma, set_timesteps, grow)
         with self._tileable(tileable):
-            latents = self._denoise(
-                latents,
-                timesteps,
-                class_labels,
-                generator,
-                callback_on_step_end,
-                callback_inputs,
-                max_batch_size or batch_size,
-                guidance_scale=guidance_scale,
-                noise_sampler=draw_noise if nested_noise else None,
-                layout_size=small if strategy == "guided" and small != (height, width) else None,
-                growth=growth,
-            )
+            latents = self._denoise(latents, timesteps, **run, project=project, growth=growth)
 
         # 4. Images
         images = self._postprocess(latents, output_type)
@@ -292,34 +282,66 @@ class DFUPipeline(DiffusionPipeline):
         """For (rows, columns) whether the images tile the plane."""
         return getattr(self.unet, "periodic", (False, False))
 
+    def _begin(
+        self,
+        *,
+        batch_size,
+        class_labels,
+        generator,
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs,
+        max_batch_size,
+        guidance_scale,
+        nested=True,
+        **others,
+    ) -> dict:
+        """Check what the pipelines of this package have in common; how to run, as `_denoise` takes it."""
+        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            batch_size=batch_size,
+            generator=generator,
+            callback_inputs=callback_inputs,
+            max_batch_size=max_batch_size,
+            **others,
+        )
+        class_labels = self._class_labels(class_labels, batch_size)
+        self._check_guidance(guidance_scale)
+        self._interrupt = False
+        return {
+            "predict": partial(
+                self._predict,
+                class_labels=class_labels,
+                max_batch_size=max_batch_size or batch_size,
+                guidance_scale=guidance_scale,
+            ),
+            "generator": generator,
+            "draw_noise": partial(self._draw_noise, generator=generator, nested=nested),
+            "callback": callback_on_step_end,
+            "callback_inputs": callback_inputs,
+        }
+
     def _denoise(
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         generator: torch.Generator | list[torch.Generator] | None,
-        callback_on_step_end: Callable | None,
+        draw_noise: Callable[[tuple], torch.Tensor],
+        callback: Callable | None,
         callback_inputs: list[str],
-        max_batch_size: int,
-        project: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        guidance_scale: float = 1.0,
-        noise_sampler: Callable[[tuple], torch.Tensor] | None = None,
-        layout_size: tuple[int, int] | None = None,
+        project: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         growth: dict[int, Callable[[torch.Tensor], tuple[torch.Tensor, Callable]]] | None = None,
     ) -> torch.Tensor:
         """Take noisy images through `timesteps`.
 
         Args:
-            project: replaces each denoised image by one that obeys a constraint.
-            noise_sampler: draws the scheduler's noise, if the scheduler lets it.
-            layout_size: of the small grid that gives the low frequencies of each denoised image, see `_with_layout`.
+            predict: the network's output for the scaled images at a timestep.
+            generator, draw_noise: whichever of them the scheduler takes its noise from.
+            project: replaces each denoised image by another one; called with it and the noisy images.
             growth: by number of a network call, what turns the images into others before it, and the `project` from
                 there on.
         """
-        predict = partial(
-            self._predict, class_labels=class_labels, max_batch_size=max_batch_size, guidance_scale=guidance_scale
-        )
-        noise = {"generator": generator, "noise_sampler": noise_sampler}
+        noise = {"generator": generator, "noise_sampler": draw_noise}
         accepted = inspect.signature(self.scheduler.step).parameters
         noise = {name: source for name, source in noise.items() if name in accepted}
         self._num_timesteps = len(timesteps)
@@ -330,15 +352,11 @@ class DFUPipeline(DiffusionPipeline):
                 if growth and i in growth:
                     latents, project = growth[i](latents)
                 output = predict(self.scheduler.scale_model_input(latents, t), t)
-                if layout_size is not None:
-                    output = self._projected(
-                        output, latents, partial(self._with_layout, latents, layout_size, predict)
-                    )
                 if project is not None:
                     output = self._projected(output, latents, project)
                 latents = self.scheduler.step(output, t, latents, **noise, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    changed = callback_on_step_end(self, i, t, dict.fromkeys(callback_inputs, latents))
+                if callback is not None:
+                    changed = callback(self, i, t, dict.fromkeys(callback_inputs, latents))
                     latents = (changed or {}).get("latents", latents)
                 progress_bar.update()
         return latents
@@ -348,7 +366,7 @@ class DFUPipeline(DiffusionPipeline):
         sigma = self.scheduler.sigmas[self.scheduler.step_index].item()
         denoised = self.scheduler.precondition_outputs(latents, output, sigma)
         c_out = self.scheduler.precondition_outputs(0.0, 1.0, sigma)
-        return output + (project(denoised) - denoised) / c_out
+        return output + (project(denoised, latents) - denoised) / c_out
 
     def _predict(self, sample, timestep, class_labels, max_batch_size: int, guidance_scale: float) -> torch.Tensor:
         """The network's output (batch, channels, height, width), float32, guided unless the scale is 1."""
@@ -374,7 +392,7 @@ class DFUPipeline(DiffusionPipeline):
 
     # --- Beyond the training size ---
 
-    def _with_layout(self, latents: torch.Tensor, size: tuple[int, int], predict: Callable, denoised: torch.Tensor):
+    def _with_layout(self, size: tuple[int, int], predict: Callable, denoised: torch.Tensor, latents: torch.Tensor):
         """`denoised` with the low frequencies of what the network makes of `latents` on the grid `size`.
 
         Cut to these frequencies the sample is an image on the small grid with noise that is white there, too, of a
@@ -411,7 +429,7 @@ class DFUPipeline(DiffusionPipeline):
         large = resize_bicubic(images, size, self._periodic)
         held = tuple(max(1, round(hold * side)) for side in images.shape[-2:])
 
-        def project(denoised):
+        def project(denoised, latents):
             return denoised + fourier_resample(fourier_resample(large - denoised, held), size)
 
         noisy = self.scheduler.add_noise(large, draw_noise(large.shape), self.scheduler.timesteps[begin : begin + 1])
@@ -532,15 +550,11 @@ class DFUPipeline(DiffusionPipeline):
                 "`EDMDPMSolverMultistepScheduler`, or the strategy 'direct'."
             )
         _check_positive("cascade_sigma", cascade_sigma)
-        if isinstance(cascade_hold, bool) or not isinstance(cascade_hold, (int, float)):
+        if not _is_number(cascade_hold):
             raise TypeError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
         if not 0 <= cascade_hold <= 1:
             raise ValueError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
-        if (
-            isinstance(noise_shift, bool)
-            or not isinstance(noise_shift, (int, float))
-            or not math.isfinite(noise_shift)
-        ):
+        if not _is_number(noise_shift) or not math.isfinite(noise_shift):
             raise TypeError(f"`noise_shift` must be a finite number, 0 for no shift, but got {noise_shift!r}.")
         if noise_shift and "noise_scale" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(
@@ -704,8 +718,8 @@ def growing_sizes(small: tuple[int, int], size: tuple[int, int]) -> list[tuple[i
 
 
 def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
-    """What makes a saved pipeline self-contained: the modules of our classes with those
-    they import from beside them, and a model_index.json that names the classes.
+    """What makes a saved pipeline self-contained: the modules of our classes, with those that they import from beside
+    them, and a model_index.json that names the classes.
 
     Args:
         folder: the pipeline as diffusers saved it.
@@ -719,9 +733,7 @@ def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
 
     def add(cls: type, place: str = "") -> list[str]:
         source = Path(sys.modules[cls.__module__].__file__)
-        text = files[place + source.name] = source.read_text(encoding="utf-8")
-        for neighbour in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
-            files[f"{place}{neighbour}.py"] = source.with_name(f"{neighbour}.py").read_text(encoding="utf-8")
+        files.update({place + path.name: path.read_text(encoding="utf-8") for path in with_neighbours(source)})
         return [source.stem, cls.__name__]
 
     packages = (__name__.split(".")[0], REMOTE)
@@ -739,8 +751,22 @@ def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
     return files
 
 
+def with_neighbours(module: Path) -> list[Path]:
+    """The file of a module, and those of the modules beside it that it imports, and they, and so on."""
+    found = [module]
+    for path in found:  # which grows on the way
+        names = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found += [other for name in names if (other := path.with_name(f"{name}.py")) not in found]
+    return found
+
+
+def _is_number(value) -> bool:
+    """Python's and NumPy's real numbers are; booleans are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_positive(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise TypeError(f"`{name}` must be a positive number, but got {value!r}.")
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a positive number, but got {value!r}.")

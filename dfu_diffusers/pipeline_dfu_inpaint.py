@@ -9,7 +9,6 @@ This file imports torch, diffusers, what diffusers needs and its neighbours only
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -90,45 +89,35 @@ class DFUInpaintPipeline(DFUPipeline):
         image = read_images(image, self.unet.config.in_channels)
         hole = _read_mask(mask_image, image)
         batch_size, _, height, width = image.shape
-        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        self.check_inputs(
+        run = self._begin(
             batch_size=batch_size,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
+            class_labels=class_labels,
             generator=generator,
             latents=latents,
             output_type=output_type,
-            callback_inputs=callback_inputs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_batch_size=max_batch_size,
+            guidance_scale=guidance_scale,
         )
-        class_labels = self._class_labels(class_labels, batch_size)
-        self._check_guidance(guidance_scale)
         device = self._execution_device
         timesteps = middle_of_schedule(self.scheduler, num_inference_steps, strength, device)
-        self._interrupt = False
 
         # 2. The image with noise
         image, hole = image.to(device), hole.to(device)
         known = 2 * image - 1
         start = known.masked_fill(hole, 0) if strength == 1 else known
-        draw_noise = partial(self._draw_noise, generator=generator, nested=True)
-        latents = draw_noise(known.shape) if latents is None else latents
+        latents = run["draw_noise"](known.shape) if latents is None else latents
         latents = self.scheduler.add_noise(start, latents.to(device, torch.float32), timesteps[:1])
 
         # 3. Denoise. Known pixels move straight from their noise to the image, as far as each step goes.
-        latents = self._denoise(
-            latents,
-            timesteps,
-            class_labels,
-            generator,
-            callback_on_step_end,
-            callback_inputs,
-            max_batch_size or batch_size,
-            project=lambda denoised: torch.where(hole, denoised, known),
-            guidance_scale=guidance_scale,
-            noise_sampler=draw_noise,
-        )
+        def project(denoised, latents):
+            return torch.where(hole, denoised, known)
+
+        latents = self._denoise(latents, timesteps, **run, project=project)
 
         # 4. Images; the known pixels are taken from the input, where no rescaling has touched them
         if output_type == "latent":

@@ -10,7 +10,6 @@ This file imports torch, diffusers, what diffusers needs and its neighbour only,
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
 
-from .pipeline_dfu import DFUPipeline, _check_count, resize_bicubic
+from .pipeline_dfu import DFUPipeline, _check_count, _is_number, resize_bicubic
 
 logger = logging.get_logger(__name__)
 
@@ -108,17 +107,19 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         image = read_images(image, self.unet.config.in_channels)
         batch_size, old_size = len(image), tuple(image.shape[-2:])
         height, width = _target_size(old_size, height, width, scale)
-        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        self.check_inputs(
+        run = self._begin(
             batch_size=batch_size,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
+            class_labels=class_labels,
             generator=generator,
             latents=latents,
             output_type=output_type,
-            callback_inputs=callback_inputs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_batch_size=max_batch_size,
+            guidance_scale=guidance_scale,
         )
         shrinks = height < old_size[0] or width < old_size[1]
         if consistency is None:
@@ -134,11 +135,9 @@ class DFUSuperResolutionPipeline(DFUPipeline):
                 "In tiles an image cannot tile the plane, for the model would join the edges of each tile: leave out "
                 "`tile_size`, or call the pipeline within `unet.use_tileable(None)`."
             )
-        class_labels = self._class_labels(class_labels, batch_size)
-        self._check_guidance(guidance_scale)
         device = self._execution_device
         timesteps = middle_of_schedule(self.scheduler, num_inference_steps, strength, device)
-        self._interrupt, self._tiles = False, tiles
+        self._tiles = tiles
 
         # 2. The image at the new size, with noise
         image = 2 * image.to(device) - 1
@@ -146,23 +145,12 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         large = resize_bicubic(image, (height, width), self._periodic, antialias=shrinks)
         if average is not None:
             large = average.project(large)
-        draw_noise = partial(self._draw_noise, generator=generator, nested=True)
-        latents = draw_noise(large.shape) if latents is None else latents
+        latents = run["draw_noise"](large.shape) if latents is None else latents
         latents = self.scheduler.add_noise(large, latents.to(device, torch.float32), timesteps[:1])
 
         # 3. Denoise
-        latents = self._denoise(
-            latents,
-            timesteps,
-            class_labels,
-            generator,
-            callback_on_step_end,
-            callback_inputs,
-            max_batch_size or batch_size,
-            project=None if average is None else average.project,
-            guidance_scale=guidance_scale,
-            noise_sampler=draw_noise,
-        )
+        project = None if average is None else lambda denoised, latents: average.project(denoised)
+        latents = self._denoise(latents, timesteps, **run, project=project)
 
         # 4. Images
         if average is not None and output_type != "latent" and not self._interrupt:
@@ -287,7 +275,7 @@ def middle_of_schedule(scheduler, num_inference_steps: int, strength: float, dev
     Raises:
         ValueError, TypeError: `strength` outside (0, 1], or a scheduler that is none of EDM.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+    if not _is_number(strength):
         raise TypeError(f"`strength` must be a number in (0, 1], but got {strength!r}.")
     if not 0 < strength <= 1:
         raise ValueError(f"`strength` must lie in (0, 1], but got {strength}: 1 takes all steps, less only the last.")
@@ -381,7 +369,7 @@ def _target_size(size: tuple[int, int], height, width, scale) -> tuple[int, int]
         return height, width
     if height is not None or width is not None:
         raise ValueError(f"`scale` {scale} takes the place of `height` and `width`: give one or the other.")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not _is_number(scale):
         raise TypeError(f"`scale` must be a number, e.g. 2 or 2.7, but got {scale!r}.")
     if not 0 < scale < math.inf:
         raise ValueError(f"`scale` must be positive and finite, but got {scale}.")
