@@ -5,7 +5,7 @@ Havrilla, Rojas, Liao, Tao, "DFU: scale-robust diffusion model for zero-shot sup
 arXiv 2401.06144. Each layer joins a 3x3 convolution, fixed in pixels, with a Fourier layer (Li et al., arXiv
 2010.08895), fixed in cycles per image; around them stands the DDPM++ UNet of EDM (Karras et al., arXiv 2206.00364).
 
-Conventions, held by tests/test_modeling_dfu.py and the slow twins in tests/reference:
+Conventions, held by tests/test_layers.py and the slow twins in tests/reference:
     grid          pixel j of N is the cell around (j + 1/2) / N of the unit interval
     coefficients  c(k, l) = 1/(HW) sum v(i, j) exp(-2 pi i (k y_i + l x_j)), the same on every grid that resolves v
     modes (r, c)  rows k = -r .. r-1, columns l = 0 .. c-1; only those below the Nyquist frequency take part

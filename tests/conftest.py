@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from sampling import silent
 
-from dfu_diffusers import DFUModel
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 
 torch.set_num_threads(1)  # two threads on tensors this small are far slower than one
 
@@ -32,6 +33,16 @@ def make_model():
     return make
 
 
+@pytest.fixture(scope="session")
+def make_pipe(make_model):
+    """Factory of tiny silent pipelines; keyword arguments are the model's."""
+
+    def make(scheduler=None, **overrides) -> DFUPipeline:
+        return silent(DFUPipeline(make_model(**overrides), scheduler or EDMHeunScheduler()))
+
+    return make
+
+
 def redraw(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Replace every parameter by random numbers of a size that keeps the power of features about the same."""
     generator = torch.Generator().manual_seed(seed)
@@ -43,3 +54,7 @@ def redraw(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             else:  # a spectral weight is (modes, in, 2 * out)
                 parameter.copy_(noise / math.sqrt(parameter.shape[1] if parameter.ndim == 3 else parameter[0].numel()))
     return module
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -13,6 +13,7 @@ from diffusers import (
     ImagePipelineOutput,
 )
 from diffusers.utils import dynamic_modules_utils
+from sampling import silent
 
 from dfu_diffusers import DFUInpaintPipeline, DFUModel, DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
 
@@ -41,11 +42,6 @@ def make(make_model, pipeline_class):
 @pytest.fixture
 def pipe(make):
     return make()
-
-
-def silent(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def seeded(*seeds):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    ConfigMixin,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -20,58 +19,22 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     ImagePipelineOutput,
-    ModelMixin,
     UNet2DModel,
 )
 from diffusers.callbacks import PipelineCallback
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.spectral import band_limited, coefficient
+from sampling import GaussianDenoiser, pipe_calls, relative_error, sample, seeded, spy
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.pipeline_dfu import fourier_basis, fourier_resample, growing_sizes, nested_noise, resize_bicubic
+from dfu_diffusers.pipeline_dfu import nested_noise
 
 SCHEDULERS = [EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler]
-
-
-@pytest.fixture(scope="session")
-def make_pipe(make_model):
-    """Factory of tiny silent pipelines; keyword arguments are the model's."""
-
-    def make(scheduler=None, **overrides) -> DFUPipeline:
-        pipe = DFUPipeline(make_model(**overrides), scheduler or EDMHeunScheduler())
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
 
 
 @pytest.fixture
 def pipe(make_pipe):
     return make_pipe()
-
-
-def seeded(*seeds):
-    """One generator for one seed, else a list of them."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return generators if len(seeds) > 1 else generators[0]
-
-
-def sample(pipe, steps=3, **kwargs) -> torch.Tensor:
-    """The raw sample of a short run from seed 0, or from `generator` or `latents`."""
-    kwargs = {"generator": seeded(0), "num_inference_steps": steps, "output_type": "latent", **kwargs}
-    return pipe(**kwargs).images
-
-
-def relative_error(x, reference) -> float:
-    return ((x - reference).norm() / reference.norm()).item()
-
-
-def spy(module, record):
-    """Call `record(sample, timestep, class_labels)` before each evaluation of the network."""
-    return module.register_forward_pre_hook(lambda _, args: record(*args))
 
 
 # --- Sizes ---
@@ -223,372 +186,6 @@ def test_no_gradients_and_modes_are_left_alone(pipe):
     assert pipe.unet.training
 
 
-# --- Nested noise ---
-
-NOISE_SIZES = [(1, 1), (1, 9), (7, 200), (16, 16), (33, 47), (97, 131), (128, 64)]
-
-
-@pytest.mark.parametrize("size", NOISE_SIZES)
-def test_modes_of_nested_noise_are_one_draw_at_all_sizes(size):
-    """By the direct sum in complex128: coefficients of a seed at two sizes, in units of white noise."""
-    large = (150, 211)
-    fine, coarse = (nested_noise((1, 2, *each), seeded(5)) for each in (large, size))
-    compared = 0
-    for k, l in ((0, 0), (1, 1), (3, -5), (-7, 7), (0, 4), (2, 0), (-3, 90), (48, 65), (0, 31)):  # noqa: E741
-        if 2 * abs(k) < size[0] and 2 * abs(l) < size[1]:
-            here, there = (coefficient(x, k, l) * math.prod(x.shape[2:]) ** 0.5 for x in (coarse, fine))
-            assert torch.allclose(here, there, atol=5e-6), (k, l)
-            compared += 1
-    assert compared >= (1 if size == (1, 1) else 2)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 2), (3, 5), (4, 6), (8, 3)])
-def test_nested_noise_is_white(size):
-    """Mean and the whole covariance of a small grid, two channels of it, over many draws."""
-    draws = nested_noise((4000, 2, *size), seeded(0)).flatten(1).double()
-    spread = len(draws) ** -0.5
-    assert draws.mean(0).abs().max() < 4.5 * spread
-    off = draws.T @ draws / len(draws) - torch.eye(draws.shape[1])
-    assert off.abs().max() < 5 * 2**0.5 * spread
-    assert (draws.pow(4).mean(0) / 3 - 1).abs().max() < 0.3, "a Gaussian's fourth moment is 3"
-
-
-def test_nested_noise_is_an_orthogonal_transform():
-    """So it is white exactly: what the last test can only see to 1 / sqrt(draws)."""
-    for n in (1, 2, 3, 7, 16, 31, 64):
-        basis = fourier_basis(n, n)
-        assert torch.allclose(basis @ basis.T, torch.eye(n, dtype=torch.float64), atol=1e-14)
-
-
-def test_nested_noise_follows_its_generators():
-    together = nested_noise((2, 3, 5, 8), seeded(3, 4))
-    assert torch.equal(together[:1], nested_noise((1, 3, 5, 8), seeded(3)))
-    assert torch.equal(together[1:], nested_noise((1, 3, 5, 8), [seeded(4)]))
-    pair = nested_noise((2, 3, 5, 8), seeded(3))
-    assert torch.equal(pair[0], together[0]) and not torch.allclose(pair[0], pair[1])
-    torch.manual_seed(3)
-    assert torch.equal(nested_noise((1, 3, 5, 8)), together[:1])
-    assert nested_noise((1, 3, 5, 8), seeded(3), dtype=torch.float64).dtype == torch.float64
-
-
-def test_nested_noise_is_the_same_under_another_default_device():
-    expected = nested_noise((1, 3, 5, 8), seeded(3))
-    with torch.device("meta"):
-        assert torch.equal(nested_noise((1, 3, 5, 8), seeded(3)), expected)
-
-
-def test_nested_noise_leaves_its_generator_in_one_state_at_all_sizes():
-    generators = [seeded(3) for _ in NOISE_SIZES]
-    for generator, size in zip(generators, NOISE_SIZES):
-        nested_noise((1, 3, *size), generator)
-    states = [generator.get_state() for generator in generators]
-    assert all(torch.equal(state, states[0]) for state in states) and not torch.equal(states[0], seeded(3).get_state())
-
-
-@pytest.mark.parametrize("s_churn", [0.0, 40.0])
-def test_one_seed_is_one_picture_at_all_sizes(s_churn):
-    """The network knows its images to be white, so a mode of the result comes from that of the noise alone."""
-    small, large = (
-        sample(gaussian_pipe(EDMHeunScheduler(s_churn=s_churn)), 20, height=n, width=n, generator=seeded(1))
-        for n in (12, 31)
-    )
-    shared = fourier_resample(large - 0.3, (12, 12)) * 31 / 12
-    assert relative_error(shared, small - 0.3) < 1e-2
-    plain = sample(gaussian_pipe(EDMHeunScheduler(s_churn=s_churn)), 20, height=31, width=31, nested_noise=False)
-    assert relative_error(fourier_resample(plain - 0.3, (12, 12)) * 31 / 12, small - 0.3) > 1
-
-
-def gaussian_pipe(scheduler):
-    pipe = DFUPipeline(GaussianDenoiser(), scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_plain_noise_is_that_of_other_pipelines(pipe):
-    noise = torch.randn(1, 3, 6, 8, generator=seeded(0))
-    assert torch.equal(
-        sample(pipe, height=6, width=8, nested_noise=False), sample(pipe, height=6, width=8, latents=noise)
-    )
-
-
-# --- Strategies ---
-
-
-@pytest.mark.parametrize("size, new", [((9, 14), (21, 30)), ((9, 14), (9, 14)), ((21, 30), (9, 15)), ((8, 8), (1, 5))])
-def test_fourier_resample_keeps_a_band_limited_function(size, new):
-    rows, columns = ((min(a, b) - 1) // 2 for a, b in zip(size, new))
-    expected = band_limited(*new, min(rows, 3), min(columns, 3))
-    torch.testing.assert_close(fourier_resample(band_limited(*size, min(rows, 3), min(columns, 3)), new), expected)
-
-
-@pytest.mark.parametrize(
-    "small, size", [((1, 1), (2, 3)), ((64, 64), (512, 512)), ((16, 31), (50, 97)), ((5, 5), (5, 5))]
-)
-def test_growing_sizes_end_where_asked_and_at_most_double(small, size):
-    sizes = [small, *growing_sizes(small, size)]
-    assert sizes[-1] == size
-    assert all(b <= 2 * a + 1 for old, new in zip(sizes, sizes[1:]) for a, b in zip(old, new))
-
-
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-@pytest.mark.parametrize("strategy", ["guided", "cascade"])
-def test_strategies_are_one_within_the_training_size(make_pipe, scheduler_class, strategy):
-    pipe = make_pipe(scheduler_class(), sample_size=(8, 10))
-    for size in ((8, 10), (5, 9), (1, 1)):
-        kwargs = dict(height=size[0], width=size[1])
-        assert torch.equal(sample(pipe, strategy=strategy, **kwargs), sample(pipe, **kwargs))
-
-
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-@pytest.mark.parametrize("size", [(16, 20), (11, 23), (8, 30)])
-def test_guided_layout_is_that_of_the_small_picture(make_pipe, scheduler_class, size):
-    """The low frequencies follow the trajectory that the small grid takes from a lower level of noise."""
-    pipe = make_pipe(scheduler_class(), sample_size=(8, 10))
-    small = pipe._small_size(*size)
-    sizes = []
-    with spy(pipe.unet, lambda x, *_: sizes.append(tuple(x.shape[2:]))):
-        large = sample(pipe, 4, height=size[0], width=size[1], strategy="guided")
-    assert sizes == [size, small] * pipe.num_timesteps
-    ratio = math.sqrt(math.prod(small) / math.prod(size))
-    config = pipe.scheduler.config
-    pipe.scheduler = scheduler_class(sigma_max=config.sigma_max * ratio, sigma_min=config.sigma_min * ratio)
-    start = {} if scheduler_class is EDMHeunScheduler else dict(latents=nested_noise((1, 3, *small), seeded(0)))
-    if start:  # stock schedulers start at sqrt(sigma_max^2 + 1)
-        start["latents"] *= math.sqrt(80**2 + 1) * ratio / pipe.scheduler.init_noise_sigma
-    alone = sample(pipe, 4, height=small[0], width=small[1], **start)
-    assert relative_error(fourier_resample(large, small), alone) < 1e-3
-
-
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_cascade_grows_by_at_most_two_and_counts_its_calls(make_pipe, scheduler_class):
-    pipe = make_pipe(scheduler_class(), sample_size=8)
-    sizes, steps = [], []
-    with spy(pipe.unet, lambda x, *_: sizes.append(tuple(x.shape[2:]))):
-        result = sample(
-            pipe, 6, height=24, width=18, strategy="cascade", batch_size=2,
-            callback_on_step_end=lambda pipe, i, t, kwargs: steps.append((i, tuple(kwargs["latents"].shape[2:]))),
-        )  # fmt: skip
-    assert result.shape == (2, 3, 24, 18) and result.isfinite().all()
-    whole = pipe_calls(6) if scheduler_class is EDMHeunScheduler else 6
-    stages = [(size, sizes.count(size)) for size in dict.fromkeys(sizes)]
-    assert [size for size, _ in stages] == [(8, 6), (14, 10), (24, 18)]
-    assert stages[0][1] == whole and 1 <= stages[1][1] == stages[2][1] < whole
-    assert pipe.num_timesteps == len(sizes) and steps == list(enumerate(sizes))
-
-
-def test_cascade_by_hand(make_pipe):
-    """To twice the size: the small picture, enlarged, noised to the level next to `cascade_sigma`, and finished."""
-    pipe = make_pipe(sample_size=(6, 7))
-    kwargs = dict(strategy="cascade", height=12, width=14)
-    result = sample(pipe, 5, cascade_sigma=2.0, cascade_hold=0, **kwargs)
-
-    generator, scheduler = seeded(0), EDMHeunScheduler()
-    nested_noise((1, 3, 12, 14), generator)
-    small = sample(pipe, 5)
-    scheduler.set_timesteps(5)
-    levels = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])[:5]
-    start = int((levels / 2).log().abs().argmin())
-    scheduler.set_timesteps(sigmas=levels[start:].tolist())
-    x = torch.nn.functional.interpolate(small, (12, 14), mode="bicubic")
-    x = x + levels[start] * nested_noise(x.shape, generator)
-    for t in scheduler.timesteps:
-        x = scheduler.step(pipe.unet(scheduler.scale_model_input(x, t), t).sample.detach(), t, x).prev_sample
-    assert 0 < start < 4 and relative_error(result, x) < 1e-4
-    assert relative_error(sample(pipe, 5, cascade_sigma=20.0, cascade_hold=0, **kwargs), x) > 0.01
-
-
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-def test_cascade_holds_low_frequencies_of_the_small_picture(make_pipe, scheduler_class):
-    pipe = make_pipe(scheduler_class(), sample_size=(9, 8))
-    small = sample(pipe, 5, latents=fourier_resample(nested_noise((1, 3, 18, 14), seeded(0)), (9, 7)) * 2, width=7)
-    enlarged = torch.nn.functional.interpolate(small, (18, 14), mode="bicubic")
-    large, free = (
-        sample(pipe, 5, height=18, width=14, strategy="cascade", cascade_sigma=5.0, cascade_hold=hold)
-        for hold in (2 / 3, 0.0)
-    )
-    held, whole = (6, 5), (9, 7)  # two thirds of 9 and 7
-    assert relative_error(fourier_resample(large, held), fourier_resample(enlarged, held)) < 1e-3
-    assert relative_error(fourier_resample(large, whole), fourier_resample(enlarged, whole)) > 1e-2
-    assert relative_error(fourier_resample(free, held), fourier_resample(enlarged, held)) > 1e-2
-
-
-def test_cascade_holds_narrow_images_too(make_pipe):
-    """A share of a side of one pixel is the whole side; a tiny share is the mean."""
-    pipe = make_pipe(sample_size=8)
-    kwargs = dict(height=16, width=2, strategy="cascade", cascade_sigma=5.0)
-    free, held, mean = (sample(pipe, 5, cascade_hold=hold, **kwargs) for hold in (0.0, 0.25, 0.01))
-    assert min(relative_error(free, held), relative_error(free, mean), relative_error(held, mean)) > 1e-2
-
-
-@pytest.mark.parametrize("old, new", [((8, 6), (16, 9)), ((7, 5), (13, 8)), ((1, 3), (2, 7)), ((9, 12), (4, 5))])
-@pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])
-def test_bicubic_resizing_wraps_along_periodic_axes(old, new, periodic):
-    """As the middle of an enlarged sheet of three by three copies, or of one where edges stay apart."""
-    x = torch.randn(2, 3, *old, generator=seeded(0))
-    copies = [3 if joined else 1 for joined in periodic]
-    options = dict(mode="bicubic", align_corners=False, antialias=new < old)
-    sheet = torch.nn.functional.interpolate(
-        x.repeat(1, 1, *copies), [n * count for n, count in zip(new, copies)], **options
-    )
-    (height, width), (top, left) = new, [n * (count // 2) for n, count in zip(new, copies)]
-    expected = sheet[..., top : top + height, left : left + width]
-    torch.testing.assert_close(resize_bicubic(x, new, periodic, antialias=new < old), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("strategy", ["guided", "cascade"])
-def test_strategies_keep_the_contract(make_pipe, strategy):
-    pipe = make_pipe(EDMHeunScheduler(s_churn=10), sample_size=6, num_class_embeds=5)
-    kwargs = dict(strategy=strategy, height=9, width=12, steps=4, class_labels=[4, 3, 2], batch_size=3)
-    whole = sample(pipe, generator=seeded(1, 2, 3), **kwargs)
-    assert torch.equal(whole, sample(pipe, generator=seeded(1, 2, 3), **kwargs))
-    parts = sample(pipe, generator=seeded(1, 2, 3), max_batch_size=2, **kwargs)
-    alone = sample(pipe, generator=seeded(2), **{**kwargs, "batch_size": 1, "class_labels": 3})
-    assert relative_error(parts, whole) < 1e-4 and relative_error(alone, whole[1:2]) < 1e-4
-    noise = nested_noise((1, 3, 9, 12), seeded(9))
-    one = {**kwargs, "batch_size": 1, "class_labels": 0}
-    assert not torch.allclose(sample(pipe, latents=noise, **one), sample(pipe, **one))
-
-    def stop(pipe, i, t, kwargs):
-        pipe._interrupt = i == 1
-
-    calls = []
-    with spy(pipe.unet, lambda *_: calls.append(1)):
-        sample(pipe, callback_on_step_end=stop, **one)
-    assert len(calls) == (4 if strategy == "guided" else 2)
-
-
-@pytest.mark.parametrize("strategy", ["direct", "guided", "cascade"])
-def test_noise_shift_scales_the_levels_with_the_side(make_pipe, strategy):
-    pipe = make_pipe(sample_size=(6, 8))
-    levels = []
-    with spy(pipe.unet, lambda x, t, *_: levels.append((tuple(x.shape[2:]), math.exp(4 * t)))):
-        sample(pipe, 4, height=12, width=16, strategy=strategy, noise_shift=1.0, cascade_sigma=160.0)
-    plain = EDMHeunScheduler()
-    plain.set_timesteps(4)
-    own = [sigma for size, sigma in levels if size == (12, 16)]
-    assert own == pytest.approx((2 * plain.sigmas[:-1]).tolist(), rel=1e-4)
-    small = [sigma for size, sigma in levels if size == (6, 8)]
-    assert small == ([] if strategy == "direct" else pytest.approx(plain.sigmas[:-1].tolist(), rel=1e-4))
-    with pytest.raises(ValueError, match="`noise_shift` 1.0 needs `EDMHeunScheduler`, but got EDMEulerScheduler"):
-        sample(make_pipe(EDMEulerScheduler()), 2, noise_shift=1.0)
-    with pytest.raises(TypeError, match="`noise_shift` must be a finite number, 0 for no shift, but got '1'"):
-        sample(pipe, 2, noise_shift="1")
-
-
-def test_strategies_on_an_exact_denoiser():
-    """Images of independent pixels. A cascade from all noise gives them; a guided image has the small one's pixels in
-    its low modes, 8 x 7 of 24 x 20, and independent ones in the others."""
-    kwargs = dict(batch_size=8, height=24, width=20)
-    cascade = sample(
-        gaussian_pipe(EDMHeunScheduler()), 40, strategy="cascade", cascade_sigma=80.0, cascade_hold=0, **kwargs
-    )
-    guided = sample(gaussian_pipe(EDMHeunScheduler()), 40, strategy="guided", **kwargs)
-    assert abs(cascade.mean() - 0.3) < 0.01 and abs(cascade.std() / 0.2 - 1) < 0.03
-    expected = 0.2 * math.sqrt(1 + 1 - 8 * 7 / (24 * 20))
-    assert abs(guided.mean() - 0.3) < 0.01 and abs(guided.std() / expected - 1) < 0.04
-
-
-@pytest.mark.parametrize(
-    "arguments, error, match",
-    [
-        (dict(strategy="best"), ValueError, r"one of \('direct', 'guided', 'cascade'\), but got 'best'"),
-        (dict(strategy=None), ValueError, "but got None"),
-        (dict(cascade_sigma=0), ValueError, "`cascade_sigma` must be a positive number, but got 0"),
-        (dict(cascade_sigma=math.inf), ValueError, "positive number, but got inf"),
-        (dict(cascade_hold=1.5), ValueError, r"`cascade_hold` must be a number in \[0, 1\], but got 1.5"),
-        (dict(cascade_hold=None), TypeError, r"`cascade_hold` must be a number in \[0, 1\], but got None"),
-        (dict(cascade_sigma="0.5"), TypeError, "positive number, but got '0.5'"),
-        (
-            dict(guidance_scale=2.0),
-            ValueError,
-            "`guidance_scale` 2.0 needs a class-conditional model, or a weaker one",
-        ),
-        (dict(guidance_scale=-1.0), ValueError, "`guidance_scale` must be a positive number, but got -1.0"),
-        (dict(guidance_scale=True), TypeError, "`guidance_scale` must be a positive number, but got True"),
-    ],
-)
-def test_wrong_strategies_and_guidance(pipe, arguments, error, match):
-    with pytest.raises(error, match=match):
-        pipe(num_inference_steps=1, **arguments)
-
-
-def test_strategies_need_an_edm_scheduler_and_a_sample_size(make_pipe):
-    with pytest.raises(
-        ValueError, match="needs a scheduler that knows EDM's noise levels, but DDIMScheduler does not"
-    ):
-        make_pipe(DDIMScheduler())(num_inference_steps=1, strategy="guided")
-    unet = UNet2DModel(
-        block_out_channels=(32,), layers_per_block=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
-    )
-    with pytest.raises(ValueError, match="`strategy` needs a model with a `sample_size` in its config"):
-        DFUPipeline(unet, EDMHeunScheduler())(num_inference_steps=1, height=4, width=4, strategy="cascade")
-
-
-# --- Guidance ---
-
-
-def test_classifier_free_guidance_leads_away_from_no_class(make_pipe):
-    """One Euler step from noise is linear in the output: D_none + w (D - D_none). The last class means none."""
-    pipe = make_pipe(EDMEulerScheduler(), num_class_embeds=4)
-    kwargs = dict(steps=1, batch_size=2, height=5, width=6)
-    given, none = (sample(pipe, class_labels=labels, **kwargs) for labels in ([0, 1], 3))
-    labels = []
-    with spy(pipe.unet, lambda x, t, label: labels.append(label.tolist())):
-        guided = sample(pipe, class_labels=[0, 1], guidance_scale=2.5, **kwargs)
-    assert labels == [[0, 1], [3, 3]]
-    torch.testing.assert_close(guided, none + 2.5 * (given - none), atol=1e-3, rtol=1e-4)
-    assert relative_error(guided, given) > 1e-4
-
-
-def test_autoguidance_leads_away_from_the_guide(make_pipe, make_model):
-    pipe, guide = make_pipe(EDMEulerScheduler()), make_model(block_out_channels=(8, 8, 8))
-    kwargs = dict(steps=1, height=5, width=6)
-    strong, weak = sample(pipe, **kwargs), sample(DFUPipeline(guide, EDMEulerScheduler()), **kwargs)
-    pipe = DFUPipeline(pipe.unet, pipe.scheduler, guide)
-    pipe.set_progress_bar_config(disable=True)
-    assert torch.equal(sample(pipe, **kwargs), strong), "a scale of 1 asks nobody"
-    torch.testing.assert_close(sample(pipe, guidance_scale=2.0, **kwargs), 2 * strong - weak, atol=1e-3, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "own, weak",
-    [
-        (dict(num_class_embeds=3), dict()),
-        (dict(), dict(num_class_embeds=3)),
-        (dict(num_class_embeds=3), dict(num_class_embeds=2)),
-        (dict(), dict(in_channels=1, out_channels=1)),
-    ],
-)
-def test_a_guide_of_other_images_or_classes(make_model, own, weak):
-    pipe = DFUPipeline(make_model(**own), EDMHeunScheduler(), make_model(**weak))
-    labels = 2 if own else None
-    with pytest.raises(ValueError, match="`guide` must take the images and class labels of `unet`, {'in_channels': 3"):
-        pipe(guidance_scale=2.0, class_labels=labels)
-
-
-def test_a_guide_is_saved_loaded_and_shared(make_pipe, make_model, tmp_path):
-    pipe = DFUPipeline(make_model(), EDMHeunScheduler(), make_model(block_out_channels=(8, 8, 8)))
-    pipe.set_progress_bar_config(disable=True)
-    expected = sample(pipe, guidance_scale=2.0)
-    pipe.save_pretrained(tmp_path / "guided")
-    loaded = DiffusionPipeline.from_pretrained(tmp_path / "guided")
-    for each in (loaded, DFUPipeline.from_pipe(pipe)):
-        each.set_progress_bar_config(disable=True)
-        assert type(each.guide) is DFUModel and torch.equal(sample(each, guidance_scale=2.0), expected)
-    plain = DFUPipeline.from_pretrained(tmp_path / "guided", guide=None)
-    assert plain.guide is None
-    plain.save_pretrained(tmp_path / "plain")
-    assert not (tmp_path / "plain" / "guide").exists()
-    assert DFUPipeline.from_pretrained(tmp_path / "plain").guide is None
-
-
-def test_folders_from_before_there_was_a_guide(saved):
-    index = json.loads((saved[0] / "model_index.json").read_text())
-    assert index.pop("guide") == [None, None]
-    (saved[0] / "model_index.json").write_text(json.dumps(index))
-    assert DiffusionPipeline.from_pretrained(saved[0]).guide is None
-
-
 # --- Callbacks, counts and progress ---
 
 
@@ -629,10 +226,6 @@ def test_callback_replaces_latents(pipe):
     assert sample(pipe, callback_on_step_end=zero_at(pipe_calls(3) - 1)).abs().sum() == 0
     changed = sample(pipe, callback_on_step_end=zero_at(1))
     assert changed.abs().sum() > 0 and not torch.allclose(changed, sample(pipe))
-
-
-def pipe_calls(steps):
-    return 2 * steps - 1
 
 
 def test_callback_may_ask_for_nothing_and_return_nothing(pipe):
@@ -812,24 +405,6 @@ def test_from_config_keeps_what_the_user_set(make_pipe):
     pipe = make_pipe(EDMHeunScheduler(sigma_max=20.0, rho=5.0))
     pipe.scheduler = EDMEulerScheduler.from_config(pipe.scheduler.config)
     assert (pipe.scheduler.config.sigma_max, pipe.scheduler.config.rho) == (20.0, 5.0)
-
-
-class GaussianDenoiser(ModelMixin, ConfigMixin):
-    """Knows the best denoiser of images whose pixels are independent N(mean, std^2), and preconditions it as EDM."""
-
-    @register_to_config
-    def __init__(self, sample_size=8, in_channels=2, out_channels=2, mean=0.3, std=0.2):
-        super().__init__()
-        self.one = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        mean, variance, sigma_data = self.config.mean, self.config.std**2, 0.5
-        sigma = torch.exp(4 * timestep)
-        total = sigma**2 + sigma_data**2
-        x = sample * total.sqrt()
-        denoised = mean + variance / (variance + sigma**2) * (x - mean)
-        output = (denoised - sigma_data**2 / total * x) / (sigma * sigma_data / total.sqrt()) * self.one
-        return UNet2DOutput(sample=output) if return_dict else (output,)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 4), (40, 23)])
@@ -1107,3 +682,10 @@ def test_tileable(make_pipe, strategy):
 
 def test_a_scheduler_of_another_family_runs(make_pipe):
     assert sample(make_pipe(DDIMScheduler())).isfinite().all()
+
+
+def test_folders_from_before_there_was_a_guide(saved):
+    index = json.loads((saved[0] / "model_index.json").read_text())
+    assert index.pop("guide") == [None, None]
+    (saved[0] / "model_index.json").write_text(json.dumps(index))
+    assert DiffusionPipeline.from_pretrained(saved[0]).guide is None

@@ -10,7 +10,7 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_pipeline_dfu import GaussianDenoiser
+from sampling import GaussianDenoiser, seeded, silent
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, EDMHeunScheduler
 
@@ -18,15 +18,6 @@ from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, EDMHeunScheduler
 @pytest.fixture(scope="module")
 def pipe(make_model):
     return silent(DFUInpaintPipeline(make_model(), EDMHeunScheduler()))
-
-
-def silent(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def picture(*shape, seed=0):

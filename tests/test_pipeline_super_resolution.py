@@ -12,7 +12,7 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_pipeline_dfu import GaussianDenoiser
+from sampling import GaussianDenoiser, seeded, silent
 
 from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers import pipeline_dfu_super_resolution as module
@@ -26,15 +26,6 @@ SIDES = st.integers(1, 12)
 @pytest.fixture(scope="module")
 def pipe(make_model):
     return silent(DFUSuperResolutionPipeline(make_model(), EDMHeunScheduler()))
-
-
-def silent(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def noise_image(*shape, low=0.0, high=1.0, seed=0):

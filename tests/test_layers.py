@@ -1,0 +1,347 @@
+"""The layers of DFUModel against direct sums, other grids, and textbook formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import draw, redraw
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from reference import spectral as ref
+from sampling import relative_error
+
+from dfu_diffusers.modeling_dfu import (
+    DFUBlock,
+    DualConv2d,
+    SpectralConv2d,
+    _cached_fourier_matrices,
+    resample,
+)
+
+side = st.integers(1, 40)
+
+
+def spectral(in_channels, out_channels, modes, dtype=torch.float32):
+    return redraw(SpectralConv2d(in_channels, out_channels, modes)).to(dtype)
+
+
+def identity(channels, modes, dtype=torch.float64, boundary="periodic"):
+    """A SpectralConv2d that passes its modes on as they are."""
+    layer = SpectralConv2d(channels, channels, modes, boundary=boundary).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat([torch.eye(channels), torch.zeros(channels, channels)], 1))
+    return layer
+
+
+# --- SpectralConv2d: values ---
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    size=st.tuples(side, side),
+    new_size=st.none() | st.tuples(side, side),
+    modes=st.integers(1, 4) | st.tuples(st.integers(1, 5), st.integers(1, 6)),
+)
+@example((1, 1), None, 3)
+@example((1, 40), (40, 1), (5, 2))
+@example((8, 8), None, (4, 5))  # modes exactly at the Nyquist frequency
+@example((7, 11), (8, 10), (4, 5))
+@example((97, 131), None, (2, 3))
+@example((13, 17), (97, 131), 3)
+def test_spectral_conv_equals_direct_sum(size, new_size, modes):
+    x = draw(2, 3, *size, seed=hash(size) % 1000, dtype=torch.float64)
+    layer = spectral(3, 4, modes, torch.float64)
+    expected = ref.spectral_conv2d(x, layer.weight, layer.modes, new_size)
+    assert layer(x, new_size).shape == expected.shape
+    assert relative_error(layer(x, new_size), expected) < 1e-10
+    layer.float()
+    expected = ref.spectral_conv2d(x.float(), layer.weight, layer.modes, new_size)
+    assert relative_error(layer(x.float(), new_size), expected) < 1e-5
+
+
+def test_product_is_complex_mode_by_mode():
+    """One wave a cos(2 pi (k y + l x) + p) through a mode R = |R| exp(i q) leaves as a |R| cos(... + p + q)."""
+    size = (10, 12)
+    y, x = torch.meshgrid((torch.arange(10.0) + 0.5) / 10, (torch.arange(12.0) + 0.5) / 12, indexing="ij")
+    layer = spectral(1, 1, (3, 4))
+    for k in range(-3, 3):
+        for l in range(1, 4):  # noqa: E741
+            real, imaginary = layer.weight[(k + 3) * 4 + l, 0].tolist()
+            angle = 2 * math.pi * (k * y + l * x) + 0.7
+            gain, turn = math.hypot(real, imaginary), math.atan2(imaginary, real)
+            result = layer(2 * torch.cos(angle)[None, None], size)[0, 0]
+            torch.testing.assert_close(result, 2 * gain * torch.cos(angle + turn), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("size, new_size", [((16, 16), (16, 16)), ((16, 21), (32, 13)), ((19, 23), (9, 11))])
+def test_spectral_conv_equals_fft_with_half_pixel_phases(size, new_size):
+    r, c = modes = (4, 5)
+    layer, x = spectral(3, 2, modes, torch.float64), draw(2, 3, *size, dtype=torch.float64)
+    k = torch.arange(-r, r)
+
+    def half_pixel(height, width):
+        rows, columns = k.double() / height, torch.arange(c, dtype=torch.float64) / width
+        return torch.exp(1j * math.pi * (rows[:, None] + columns))
+
+    coefficients = torch.fft.rfft2(x, norm="forward")[:, :, k % size[0]][..., :c] / half_pixel(*size)
+    weight = torch.complex(*layer.weight.chunk(2, -1)).view(2 * r, c, 3, 2)
+    spectrum = torch.zeros(2, 2, new_size[0], new_size[1] // 2 + 1, dtype=torch.complex128)
+    spectrum[:, :, k % new_size[0], :c] = torch.einsum("bikl,klio->bokl", coefficients, weight) * half_pixel(*new_size)
+    expected = torch.fft.irfft2(spectrum, s=new_size, norm="forward")
+    torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+@pytest.mark.parametrize("new_size", [None, (11, 40)])
+def test_spectral_conv_in_low_precision(dtype, bound, new_size):
+    layer, x = spectral(16, 16, (4, 5), dtype), draw(2, 16, 32, 24, dtype=dtype)
+    result = layer(x, new_size)
+    assert result.dtype == dtype
+    assert relative_error(result, ref.spectral_conv2d(x, layer.weight, layer.modes, new_size)) < bound
+
+
+def test_autocast():
+    layer = redraw(DualConv2d(16, 16, (4, 5)))
+    x = draw(2, 16, 17, 12)
+    expected = layer.double()(x.double(), (9, 24))
+    for inputs in (x, x.bfloat16()):
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            result, part = layer(inputs, (9, 24)), layer.spectral(inputs)
+        assert result.dtype == part.dtype == torch.bfloat16
+        assert relative_error(result, expected) < 1e-2
+    result.float().sum().backward()
+    assert layer.spectral.weight.grad.dtype == torch.float32
+    layer.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x.double(), (9, 24)), expected)
+
+
+# --- SpectralConv2d: boundary ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(side, side),
+    new_size=st.none() | st.tuples(side, side),
+    modes=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    boundary=st.sampled_from(["mirror", ("mirror", "periodic"), ["periodic", "mirror"]]),
+)
+@example((1, 1), None, (3, 3), "mirror")
+@example((1, 40), (40, 1), (5, 2), "mirror")
+@example((4, 5), None, (4, 6), "mirror")  # modes at the Nyquist frequency of the doubled grid and beyond it
+@example((13, 17), (97, 31), (3, 4), "mirror")
+def test_mirror_is_the_periodic_layer_on_the_continued_image(size, new_size, modes, boundary):
+    x = draw(2, 3, *size, seed=hash(size) % 1000, dtype=torch.float64)
+    layer = redraw(SpectralConv2d(3, 4, modes, boundary=boundary)).double()
+    axes = (2, 3) if boundary == "mirror" else (2,) if boundary[0] == "mirror" else (3,)
+    expected = ref.mirror_conv2d(x, layer.weight, layer.modes, new_size, axes)
+    torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+    expected = ref.mirror_conv2d(x.float(), layer.float().weight, layer.modes, new_size, axes)
+    torch.testing.assert_close(layer(x.float(), new_size).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 6), (12, 9), (64, 37), (4, 100)])
+def test_mirror_on_two_grids(size):
+    layer = redraw(SpectralConv2d(3, 4, (4, 5), boundary="mirror")).double()
+    coarse, fine = (layer(ref.band_limited_cosines(*grid, 3, 4), size) for grid in (size, (30, 31)))
+    torch.testing.assert_close(coarse, fine, rtol=0, atol=1e-12)
+    layer = identity(3, (4, 5), boundary="mirror")
+    result = layer(ref.band_limited_cosines(30, 31, 3, 4), size)
+    torch.testing.assert_close(result, ref.band_limited_cosines(*size, 3, 4), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("boundary, echo", [("periodic", True), ("mirror", False), (("mirror", "periodic"), True)])
+def test_opposite_edges_hear_each_other_only_if_periodic(boundary, echo):
+    """A blur whose kernel reaches a tenth of the image, applied to a line along the left edge."""
+    layer = identity(1, (16, 17), boundary=boundary)
+    period = 1 if layer.boundary[1] == "periodic" else 2
+    with torch.no_grad():
+        columns = torch.arange(17.0).repeat(32) / period
+        layer.weight *= torch.exp(-(columns[:, None, None] ** 2) / 16)
+    line = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
+    line[..., 0] = 1
+    result = layer(line)[0, 0, 20].abs()
+    assert result[1] > 0.5 * result[0] and result[20] < 1e-2 * result[0]
+    assert (result[-1] > 0.5 * result[0]) == echo
+    assert echo or result[20:].max() < 1e-2 * result[0]
+
+
+@pytest.mark.parametrize("boundary", ["periodic", "mirror"])
+def test_initial_weights_keep_the_power(boundary):
+    torch.manual_seed(0)
+    layer = SpectralConv2d(96, 96, (6, 6), boundary=boundary)
+    function = ref.band_limited_cosines if boundary == "mirror" else ref.band_limited
+    x = torch.cat([function(20, 24, 5, 5, seed) for seed in range(32)], 1).float()
+    assert 0.85 < layer(x).square().mean() / x.square().mean() < 1.15
+
+
+# --- Grids ---
+
+
+@pytest.mark.parametrize("size", [(9, 10), (12, 9), (27, 27), (64, 37), (10, 100)])
+def test_same_layer_on_two_grids(size):
+    """A band-limited input gives the same function on every grid that resolves it: in float32 to 1e-5."""
+    layer = spectral(3, 4, (4, 5))
+    expected = layer(ref.band_limited(30, 30, 4, 4).float(), size)
+    result = layer(ref.band_limited(*size, 4, 4).float())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_same_function_at_shared_points():
+    layer = spectral(3, 4, (4, 5), torch.float64)
+    coarse, fine = (layer(ref.band_limited(*size, 4, 4)) for size in ((9, 11), (27, 55)))
+    # (3 j + 1 + 1/2) / 27 = (j + 1/2) / 9
+    torch.testing.assert_close(fine[:, :, 1::3, 2::5], coarse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (31, 16)])
+@pytest.mark.parametrize("new_size", [(7, 7), (16, 16), (8, 33), (53, 9)])
+def test_identity_weights_resample_exactly(size, new_size):
+    layer = identity(3, (4, 4))
+    x, expected = (ref.band_limited(*grid, 3, 3) for grid in (size, new_size))
+    torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+    assert relative_error(layer.float()(x.float(), new_size), expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(24, 24), (48, 48), (12, 40), (16, 9), (23, 12), (17, 31)])
+def test_spatial_and_spectral_path_stay_aligned(size):
+    """Half a pixel of 24 is a phase of 0.13: both paths must show the lowest modes where they were."""
+    layer = DualConv2d(1, 1, (2, 2)).double()
+    layer.spectral = identity(1, (2, 2))
+    with torch.no_grad():
+        layer.spatial.weight.zero_()[:, :, 1, 1] = 1
+    x = ref.band_limited(24, 24, 1, 1)[:, :1]
+    spatial, both = layer.spatial(resample(x, size)), layer(x, size)
+    for mode in ((1, 0), (0, 1)):
+        original = ref.coefficient(x, *mode)
+        for image in (spatial, both, both - spatial):
+            assert abs((ref.coefficient(image, *mode) / original).angle()) < 0.02
+
+
+@pytest.mark.parametrize("size", [(10, 4), (5, 8), (20, 24)])
+def test_ramp_keeps_its_place(size):
+    def ramp(height, width):
+        y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (height, width))
+        return (3 * y[:, None] - 2 * x)[None, None]
+
+    result, expected = resample(ramp(20, 24), size), ramp(*size)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+def area_matrix(old, new):
+    """Share of pixel j in cell i, from the overlap of their intervals."""
+    rows = []
+    for i in range(new):
+        rows.append([max(0.0, min((i + 1) / new, (j + 1) / old) - max(i / new, j / old)) * new for j in range(old)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def nearest_matrix(old, new):
+    """The pixel whose cell holds the centre (2 i + 1) / (2 new)."""
+    return torch.eye(old, dtype=torch.float64)[[(2 * i + 1) * old // (2 * new) for i in range(new)]]
+
+
+def lies_between_pixels(old, new):
+    """Whether some new centre has two nearest pixels, either of which will do."""
+    return any((2 * i + 1) * old % (2 * new) == 0 for i in range(new))
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.tuples(side, side), new_size=st.tuples(side, side))
+@example((40, 39), (20, 20))
+@example((24, 26), (12, 13))
+def test_spatial_resampling(size, new_size):
+    x = draw(1, 2, *size, dtype=torch.float64)
+    if not any(old < new and lies_between_pixels(old, new) for old, new in zip(size, new_size)):
+        rows, columns = ((area_matrix if new <= old else nearest_matrix)(old, new) for old, new in zip(size, new_size))
+        torch.testing.assert_close(resample(x, new_size), rows @ x @ columns.T, rtol=0, atol=1e-12)
+    constant = resample(torch.full((1, 1, *size), 0.3), new_size)
+    torch.testing.assert_close(constant, torch.full((1, 1, *new_size), 0.3))
+
+
+# --- SpectralConv2d and DualConv2d as modules ---
+
+
+def test_state_is_real_and_of_rank_four_at_most(make_model):
+    layer = SpectralConv2d(3, 5, modes=(4, 6))
+    layer(draw(1, 3, 8, 8))
+    assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == {"weight": (2 * 4 * 6, 3, 2 * 5)}
+    assert SpectralConv2d(3, 5, modes=4).modes == (4, 5)
+    model = make_model(num_class_embeds=3, num_augment_labels=2)
+    model(draw(1, 3, 9, 9), 0.1, torch.tensor([1]))
+    assert not list(model.buffers())
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32 and tensor.ndim <= 4, name
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_residual_is_added(memory_format):
+    layer, x = spectral(3, 4, 2), draw(2, 3, 9, 7)
+    residual = draw(2, 4, 5, 11, seed=1).to(memory_format=memory_format)
+    expected = residual + layer(x, (5, 11))
+    torch.testing.assert_close(layer(x, (5, 11), residual=residual.clone()), expected)
+
+
+def test_dual_conv_is_the_sum_of_its_parts():
+    layer, x = redraw(DualConv2d(3, 4, 2)), draw(2, 3, 9, 7)
+    torch.testing.assert_close(layer(x), layer.spatial(x) + layer.spectral(x))
+    torch.testing.assert_close(layer(x, (5, 11)), layer.spatial(resample(x, (5, 11))) + layer.spectral(x, (5, 11)))
+
+
+def test_gradients():
+    layer = redraw(DualConv2d(2, 3, (2, 2))).double()
+    x = draw(2, 2, 5, 4, dtype=torch.float64).requires_grad_()
+    parameters = dict(layer.named_parameters())
+
+    for size in (None, (3, 2), (4, 7)):
+
+        def run(x, *values):
+            return torch.func.functional_call(layer, dict(zip(parameters, values)), (x, size))  # noqa: B023
+
+        assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+
+
+@pytest.mark.parametrize("context", ["inference_mode", "grad", "jvp", "vmap"])
+def test_cached_matrices_serve_later_calls(context):
+    layer, x = spectral(2, 3, 2), draw(1, 2, 6, 5)
+    _cached_fourier_matrices.cache_clear()
+    if context == "inference_mode":
+        with torch.inference_mode():
+            first = layer(x)
+    elif context == "grad":
+        torch.func.grad(lambda x: layer(x).sum())(x)
+        first = layer(x)
+    elif context == "jvp":
+        first = torch.func.jvp(layer, (x,), (x,))[1]  # the layer is linear
+    else:
+        first = torch.func.vmap(lambda x: layer(x[None])[0])(x)
+    second = layer(x.requires_grad_())
+    second.sum().backward()
+    torch.testing.assert_close(second, first)
+    assert x.grad.abs().min() > 0 and layer.weight.grad is not None
+
+
+# --- Group normalisation ---
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 1), (3, 5), (8, 8)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_group_norm_and_its_gradients(size, dtype, bound):
+    torch.manual_seed(0)
+    norm = DFUBlock(12, 12, 8, 1, "dual", 0, None, False, 0.0, 3, 1e-6).norm1.to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(2, 12, *size) + 2).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(2, 12, *size).to(dtype)
+    leaves = [x, norm.weight, norm.bias]
+    precise = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = F.group_norm(precise[0], 3, *precise[1:], eps=1e-6)
+    with torch.no_grad():
+        assert torch.equal(norm(x), F.group_norm(x, 3, norm.weight, norm.bias, eps=1e-6))
+    y = norm(x)
+    assert (y.double() - expected).norm() < bound * expected.norm()
+    gradients = torch.autograd.grad(y, leaves, dy)
+    for ours, reference in zip(gradients, torch.autograd.grad(expected, precise, dy.double())):
+        assert (ours.double() - reference).norm() < bound * reference.norm() + bound
