@@ -133,13 +133,17 @@ def command(script: str, options: dict) -> list[str]:
     return words
 
 
+def execute(words: list[str]) -> None:
+    subprocess.run(words, check=True)
+
+
 def train(names: list[str], budget: Budget, output: Path) -> None:
     for run in names:
         if (output / run / "model_index.json").exists():
             print(f"{run} is finished.")
             continue
         print(f"Training {run}.", flush=True)
-        subprocess.run(training_command(run, budget, output, int(run.rsplit("-", 1)[1])), check=True)
+        execute(training_command(run, budget, output, int(run.rsplit("-", 1)[1])))
         if not (output / run / "model_index.json").exists():
             raise SystemExit(f"{run} was stopped before its end: the same command goes on with it.")
 
@@ -151,6 +155,8 @@ def train(names: list[str], budget: Budget, output: Path) -> None:
 def evaluate(names: list[str], budget: Budget, output: Path, processes: int) -> None:
     """Samples and metrics of the finished runs among `names`; what was sampled before is kept."""
     finished = [run for run in names if (output / run / "model_index.json").exists()]
+    if not finished:
+        raise SystemExit(f"None of {', '.join(names)} is finished in {output}: run `train` first.")
     for part, chosen in (("near", finished), ("far", [run for run in finished if run in FAR_RUNS])):
         if not chosen:
             continue
@@ -164,23 +170,30 @@ def evaluate(names: list[str], budget: Budget, output: Path, processes: int) -> 
             "output_dir": output / part,
         }
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        subprocess.run(launch + command("evaluate_dfu.py", options)[1:], check=True)
+        execute(launch + command("evaluate_dfu.py", options)[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
 
 
-def read_rows(output: Path) -> list[dict]:
-    """One dict for each run, way of drawing and size: name, kind, method, size, factor and the figures."""
+def read_results(output: Path) -> list[dict]:
+    """What the evaluations wrote, one dict for each part that is there."""
+    files = [output / part / "results.json" for part in ("near", "far")]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    if not found:
+        raise SystemExit(f"There are no results in {output}: run `train` and `evaluate` first.")
+    return found
+
+
+def rows_of(results: list[dict]) -> list[dict]:
+    """One dict for each run, way of drawing and size: run, kind, method, size, factor and the figures."""
     rows = []
-    for part in ("near", "far"):
-        for row in json.loads((output / part / "results.json").read_text())["rows"]:
-            run, _, method = row["name"].partition(", ")
-            kind = run.rsplit("-", 1)[0] if method or row["method"] == "model" else run
-            size = int(row["size"].split("x")[0])
-            entry = {"run": run, "kind": kind, "method": row["method"], "size": size, "factor": row["factor"]}
-            rows.append(entry | {"seconds": row["seconds_per_image"], **row["figures"]})
+    for row in (row for result in results for row in result["rows"]):
+        run = row["name"].split(", ")[0]
+        kind = run if row["method"] == "real" else run.rsplit("-", 1)[0]
+        entry = {"run": run, "kind": kind, "method": row["method"], "size": int(row["size"].split("x")[0])}
+        rows.append(entry | {"factor": row["factor"], "seconds": row["seconds_per_image"], **row["figures"]})
     return rows
 
 
@@ -285,6 +298,8 @@ def claims(rows: list[dict], budget: Budget) -> str:
     lines = ["| claim | measure | here | reproduced |", "|---|---|---|---|"]
     for claim, column, ours, theirs, sizes in compared:
         found = [(size, values[column][ours][size], values[column][theirs][size]) for size in sizes]
+        if not all(a and b for _, a, b in found):  # a run is missing
+            continue
         cells = "; ".join(f"{size} px {numbers(a)} against {numbers(b)}" for size, a, b in found)
         lines.append(f"| {claim} | {COLUMNS[column]} | {cells} | {verdict(found)} |")
     return "\n".join(lines) + "\n"
@@ -302,19 +317,22 @@ def verdict(found: list[tuple[int, list[float], list[float]]]) -> str:
 
 
 def report(output: Path, budget: Budget, results: Path) -> None:
-    rows = read_rows(output)
-    facts = json.loads((output / "near" / "results.json").read_text())
+    found = read_results(output)
+    rows, facts = rows_of(found), found[0]
     columns = list(dict.fromkeys(name for row in rows for name in row))
+    results.mkdir(parents=True, exist_ok=True)
     with open(results / "experiment.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, results / "experiment_curves.png", budget.largest)
     picture(output, budget).save(results / "experiment_samples.png")
+    steps = facts["options"]["num_inference_steps"]
     setting = (
-        f"Trained at {', '.join(map(str, budget.resolutions))} px for {budget.steps:,} steps of {budget.batch_size}; "
-        f"{budget.images} images a size from seeds 0 to {budget.images - 1}, 18 Heun steps in bfloat16; "
-        f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit'][:7]}."
+        "By `python benchmarks/experiment.py train`, `evaluate` and `report`: trained at "
+        f"{', '.join(map(str, budget.resolutions))} px for {budget.steps:,} steps of {budget.batch_size}; "
+        f"{budget.images} images a size from seeds 0 to {budget.images - 1}, {steps} Heun steps in bfloat16; "
+        f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit']}."
     )
     parts = [setting, "", *(table(rows, column, heading, budget) for column, heading in COLUMNS.items())]
     text = "\n".join([*parts, claims(rows, budget)])

@@ -1,14 +1,25 @@
 """The benchmark compares what it claims to compare, and runs on the tiny preset."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
-from benchmarks import bench_dual_conv, bench_train, compare_strategies, heldout_loss, inpaint, super_resolution
+from benchmarks import (
+    bench_dual_conv,
+    bench_train,
+    compare_strategies,
+    experiment,
+    heldout_loss,
+    inpaint,
+    super_resolution,
+)
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.modeling_dfu import SpectralConv2d
-from examples import train_dfu
+from examples import evaluate_dfu, train_dfu
 
 
 def test_the_rfft2_layer_is_the_same_function():
@@ -110,3 +121,70 @@ def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
     jumps = inpaint.main([*options, "--output", str(tmp_path / "sheet")])
     assert list(jumps) == ["truth", "s_churn 0", "s_churn 5"] and (tmp_path / "sheet.png").is_file()
     assert "| s_churn 5 |" in capsys.readouterr().out
+
+
+# --- The experiment ---
+
+
+@pytest.fixture
+def tiny_budget(monkeypatch):
+    tiny = {"block_out_channels": [4, 8], "fourier_modes": [[2, 3], [1, 2]], "attention_levels": []}
+    monkeypatch.setattr(experiment, "CONFIG", {**experiment.CONFIG, **tiny})
+    monkeypatch.setitem(experiment.BUDGETS, "cpu", experiment.Budget((8, 12), 2, 2, 1, 5))
+    return experiment.BUDGETS["cpu"]
+
+
+def test_networks_of_the_experiment():
+    for budget in experiment.BUDGETS.values():
+        with torch.device("meta"):
+            kinds = ("dual", f"dual-{budget.largest}", "spatial", "spectral", "wide")
+            dual, single, *halves, wide = (
+                DFUModel(**experiment.model_config(kind, budget)).num_parameters() for kind in kinds
+            )
+        assert dual == single > max(halves) and abs(wide / dual - 1) < 0.01
+        assert set(experiment.FAR_RUNS) <= set(experiment.runs(budget))
+
+
+def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypatch, capsys):
+    """With a stranger's extractor, and each script in this process."""
+
+    def execute(words):
+        (script,) = (word for word in words if word.endswith("_dfu.py"))
+        arguments = words[words.index(script) + 1 :]
+        {"train_dfu.py": train_dfu, "evaluate_dfu.py": evaluate_dfu}[Path(script).name].main(arguments)
+
+    class Mean:
+        name, dim = "mean", 3
+
+        def __call__(self, images):
+            return images.mean((2, 3))
+
+    monkeypatch.setattr(experiment, "execute", execute)
+    monkeypatch.setattr(evaluate_dfu.extractors, "load_extractor", lambda *_: Mean())
+    monkeypatch.chdir(tmp_path)
+    options = ["--output_dir", "out", "--results_dir", "results"]
+    for stage, message in (("evaluate", "None of dual-0"), ("report", "no results")):
+        with pytest.raises(SystemExit, match=message):
+            experiment.main([stage, *options])
+    names = ["dual-0", "spatial-0", "upsampled-0", "dual-8-0"]
+    experiment.main(["train", *names, *options])
+    capsys.readouterr()
+    experiment.main(["train", *names, *options])
+    assert capsys.readouterr().out.count("is finished") == 4
+    for stage in ("evaluate", "report"):
+        experiment.main([stage, *options])
+    text = Path("results/experiment.md").read_text()
+    assert "| 12 px, 1x | 16 px, 1.33x | 20 px, 1.66x | 24 px, 2x | 36 px, 3x | 48 px, 4x |" in text
+    assert "more coherent than the UNet" in text and "FNO" not in text  # which was not trained
+    rows = list(csv.DictReader(open("results/experiment.csv")))
+    drawn = {(row["run"], row["size"]) for row in rows if row["method"] == "model"}
+    assert len(drawn) == 4 * 4 + 2 * 2 and ("dual-8-0", "24") in drawn and ("spatial-0", "48") in drawn
+    assert Image.open("results/experiment_samples.png").size[0] == 6 * 128
+
+
+def test_verdicts_of_the_experiment():
+    assert experiment.verdict([(1, [1.0, 2.0], [3.0]), (2, [1.0], [1.5])]) == "yes"
+    assert (
+        experiment.verdict([(1, [1.0, 4.0], [3.0])]) == experiment.verdict([(1, [1], [2]), (2, [2], [1])]) == "mixed"
+    )
+    assert experiment.verdict([(1, [5.0, 4.0], [3.0])]) == "no"
