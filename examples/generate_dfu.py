@@ -51,6 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the first image")
     add("--class_label", type=int, help="for a class-conditional model")
     add("--strategy", choices=STRATEGIES, default="direct", help="beyond the training size: see docs/zero_shot.md")
+    add("--tileable", choices=["x", "y", "xy"], help="axes along which opposite edges meet: see docs/tileable.md")
     add("--guidance_scale", type=float, default=1.0, help="for a model trained with --label_dropout, or with a guide")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
     add("--dtype", choices=DTYPES, default="float32")
@@ -59,18 +60,23 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv=None) -> list[Path]:
-    """Returns the files written."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    if args.sizes and (args.height is not None or args.width is not None):
-        parser.error("--sizes takes the place of --height and --width: give one or the other")
+def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Also for examples/upscale_dfu.py, which has the same two options."""
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")
     if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
         parser.error(
             f"--model: there is no folder {args.model}; name a saved pipeline, or its id on the Hub (user/name)"
         )
+
+
+def main(argv=None) -> list[Path]:
+    """Returns the files written."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.sizes and (args.height is not None or args.width is not None):
+        parser.error("--sizes takes the place of --height and --width: give one or the other")
+    check_model_and_seed(parser, args)
 
     seeds = range(args.seed, args.seed + args.batch_size)
     files = []
@@ -87,6 +93,7 @@ def main(argv=None) -> list[Path]:
                 num_inference_steps=args.num_inference_steps,
                 class_labels=args.class_label,
                 strategy=args.strategy,
+                tileable=args.tileable,
                 guidance_scale=args.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 max_batch_size=args.max_batch_size,

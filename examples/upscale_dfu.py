@@ -10,7 +10,6 @@ Writes OUTPUT_DIR/portrait_86x86.png and so on (height x width).
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dfu_diffusers import DFUSuperResolutionPipeline
 from dfu_diffusers.pipeline_dfu_super_resolution import MODES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from examples.generate_dfu import CHECKPOINT, DTYPES, SCHEDULERS, usable_device  # noqa: E402
+from examples.generate_dfu import CHECKPOINT, DTYPES, SCHEDULERS, check_model_and_seed, usable_device  # noqa: E402
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -57,12 +56,7 @@ def main(argv=None) -> list[Path]:
     """Returns the files written."""
     parser = get_parser()
     args = parser.parse_args(argv)
-    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
-        parser.error(
-            f"--model: there is no folder {args.model}; name a saved pipeline, or its id on the Hub (user/name)"
-        )
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")
+    check_model_and_seed(parser, args)
     if len({path.stem for path in args.images}) < len(args.images):
         parser.error("two images have one name, and so would their results: enlarge them one by one")
     options = {} if args.strength is None else {"strength": args.strength}

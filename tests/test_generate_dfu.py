@@ -121,11 +121,15 @@ def test_default_is_the_checkpoint_of_this_repository():
     assert str(args.output_dir) == "outputs/generated"
 
 
-def test_strategy_and_guidance_reach_the_pipeline(generate, saved):
+def test_strategy_guidance_and_tiling_reach_the_pipeline(generate, saved):
     pipe = DFUPipeline.from_pretrained(saved[1])
-    options = dict(height=12, width=18, strategy="cascade", class_labels=1, guidance_scale=3.0)
+    options = dict(height=12, width=18, strategy="cascade", class_labels=1, guidance_scale=3.0, tileable="x")
     expected = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), **options).images[0]
     given = ["--height", 12, "--width", 18, "--strategy", "cascade", "--class_label", 1, "--guidance_scale", 3]
+    given += ["--tileable", "x"]
     np.testing.assert_array_equal(pixels(generate(*given, model=saved[1])[0]), np.asarray(expected))
     plain = pixels(generate("--height", 12, "--width", 18, "--class_label", 1, model=saved[1])[0])
     assert abs(plain - np.asarray(expected)).max() > 20
+    for others in (given[:4] + given[6:], given[:8] + given[10:], given[:10]):  # one option less
+        less = pixels(generate(*others, "--class_label", 1, model=saved[1])[0])
+        assert abs(less - np.asarray(expected)).max() > 2
