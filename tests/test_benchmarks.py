@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from benchmarks import (
@@ -149,6 +150,7 @@ def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypat
     """With a stranger's extractor, and each script in this process."""
 
     def execute(words):
+        AcceleratorState._reset_state(reset_partial_state=True)  # as if it had just started
         (script,) = (word for word in words if word.endswith("_dfu.py"))
         arguments = words[words.index(script) + 1 :]
         {"train_dfu.py": train_dfu, "evaluate_dfu.py": evaluate_dfu}[Path(script).name].main(arguments)
