@@ -2,7 +2,9 @@
 """One step of training under Accelerate, the same result for any number of processes and micro-batches."""
 
 import contextlib
+import ctypes
 import math
+import platform
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,18 @@ def place_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that tensors on the CPU leave behind for those of the next step; with glibc,
+    elsewhere nothing happens. Whether it was done.
+
+    By default large blocks go back to the system, whose fresh pages cost more than the arithmetic of a step with many
+    weights (docs/performance.md)."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # numbers of malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))  # no blocks of their own; never shrink
 
 
 class DataError(RuntimeError):

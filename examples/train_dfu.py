@@ -63,7 +63,7 @@ from dfu_diffusers.reports import (
     write_atomically,
 )
 from dfu_diffusers.resolutions import MixedResolutionBatchSampler, format_resolution, parse_resolution, source_size
-from dfu_diffusers.training import DataError, StopSignal, TrainingStep, WeightAverages
+from dfu_diffusers.training import DataError, StopSignal, TrainingStep, WeightAverages, keep_freed_memory
 
 EXAMPLES = Path(__file__).parent
 CONFIGS = EXAMPLES / "configs"
@@ -445,6 +445,8 @@ class Run:
             raise ValueError(f"--report_to {args.report_to} is not installed: install it, or use --report_to none.")
         if args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("--mixed_precision fp16 needs a GPU (here it would silently be float32): use bf16.")
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         set_seed(args.seed)
 

@@ -1,6 +1,9 @@
 """One training step against a loop written out in full, and the averages' files."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,3 +84,24 @@ def test_averages_are_saved_and_loaded_whole(make_model, tmp_path):
     )
     with pytest.raises(ValueError, match="no average 'other', which cannot begin in the middle of a run"):
         WeightAverages(accelerator, model, {"other": rules["ema"]}).load(tmp_path)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_freed_memory_is_kept():
+    """Pages that the system has to hand out for tensors like those just freed, with and without."""
+    script = """if True:
+        import resource, sys, torch
+        from dfu_diffusers.training import keep_freed_memory
+        if sys.argv[1] == "keep":
+            assert keep_freed_memory()
+        for step in range(12):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            tensors = [torch.ones(10 * 2**20) for _ in range(4)]
+            del tensors
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", script, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("keep", "")
+    )
+    assert kept < given_back / 10 and given_back > 1000
