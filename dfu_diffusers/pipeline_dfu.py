@@ -442,6 +442,8 @@ class DFUPipeline(DiffusionPipeline):
             limits = self._sample_size("noise_shift")
             scale["noise_scale"] = math.sqrt(math.prod(shape[-2:]) / math.prod(limits)) ** noise_shift
         self.scheduler.set_timesteps(steps, device=self._execution_device, **scale)
+        if hasattr(self.scheduler, "set_begin_index"):  # spares a search for the first timestep, a wait for the device
+            self.scheduler.set_begin_index(0)
 
     def _small_size(self, height: int, width: int) -> tuple[int, int]:
         """The size shrunk, in its own shape, to fit into the model's `sample_size`."""

@@ -37,6 +37,16 @@ def pipe(make_pipe):
     return make_pipe()
 
 
+@pytest.mark.parametrize("s_churn", [0.0, 20.0])
+@pytest.mark.parametrize("options", [{}, {"strategy": "guided"}, {"strategy": "cascade"}, {"noise_shift": 1.0}])
+def test_sampling_never_waits_for_a_value(make_pipe, options, s_churn):
+    """A meta tensor has no values, so that asking for one fails where a GPU would make the CPU wait."""
+    pipe = make_pipe(scheduler=EDMHeunScheduler(s_churn=s_churn))
+    pipe.unet.to("meta")
+    images = pipe(height=12, width=12, num_inference_steps=3, output_type="latent", **options).images
+    assert images.is_meta and images.shape == (1, 3, 12, 12)
+
+
 # --- Sizes ---
 
 

@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""What does a dual convolution cost beside its 3x3 convolution, and its spectral part beside other Fourier layers?
+
+    python benchmarks/bench_layer.py [--cases forward:64:16 training:64:4] [--dtypes float32 bfloat16]
+    python benchmarks/bench_layer.py --official_src DFU   # also the layer in a checkout of the authors' code
+
+A case is KIND:SIZE:BATCH with KIND forward or training (forward and backward), for layers of --channels and --modes.
+Contenders, in turns:
+    spectral         SpectralConv2d
+    rfft2            the textbook: rfft2, einsum over the kept modes, irfft2; on grids that hold the modes
+    neuraloperator   its SpectralConv, if it is installed (`pip install neuraloperator`)
+    official         --official_layer of --official_src, made as Layer(in, out, rows, columns)
+    convolution      3x3
+    dual             DualConv2d: the 3x3 convolution, and the spectral part accumulated into it
+Columns: their times; how many times as long the others take as ours; dual / convolution; operations a second of the
+dual convolution as a share of this machine's in a large matrix product; most memory that the dual convolution holds.
+
+In bfloat16 weights and images are bfloat16 in a forward pass, and training is in autocast; contenders that do not run
+so are left out.
+"""
+
+import importlib
+import sys
+
+import torch
+from measure import gemm_peak, milliseconds, operations, parse, parser, peak_bytes, race, ratio, report
+
+from dfu_diffusers.modeling_dfu import DualConv2d, SpectralConv2d
+
+OURS = ("spectral", "convolution", "dual")
+CASES = ["forward:32:1", "forward:33:4", "forward:64:1", "forward:64:16", "forward:160:4", "forward:256:1"]
+CASES += ["forward:512:1", "training:32:4", "training:64:4"]
+
+
+class RfftSpectralConv2d(torch.nn.Module):
+    """The textbook Fourier layer: full rfft2, complex einsum over the kept modes, full irfft2; H >= 2r, W >= 2c."""
+
+    def __init__(self, in_channels: int, out_channels: int, modes: tuple[int, int]):
+        super().__init__()
+        self.out_channels, (self.r, self.c) = out_channels, modes
+        weight = torch.randn(2, in_channels, out_channels, self.r, self.c, dtype=torch.complex64)
+        self.weight = torch.nn.Parameter(weight / in_channels**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modes = torch.fft.rfft2(x, norm="forward")
+        out = modes.new_zeros(x.shape[0], self.out_channels, *modes.shape[-2:])
+        top, bottom = (..., slice(self.r), slice(self.c)), (..., slice(-self.r, None), slice(self.c))
+        for rows, weight in zip((top, bottom), self.weight):
+            out[rows] = torch.einsum("bikl,iokl->bokl", modes[rows], weight)
+        return torch.fft.irfft2(out, s=x.shape[-2:], norm="forward")
+
+
+def neuraloperator_layer(channels: int, modes: tuple[int, int]):
+    """Its layer with the same modes, or None where it is not installed."""
+    try:
+        from neuralop.layers.spectral_convolution import SpectralConv
+    except ImportError:
+        return None
+    return SpectralConv(channels, channels, (2 * modes[0], 2 * (modes[1] - 1)))
+
+
+def official_layer(args, modes: tuple[int, int]):
+    if not args.official_src:
+        return None
+    sys.path.insert(0, args.official_src)
+    module, name = args.official_layer.split(":")
+    return getattr(importlib.import_module(module), name)(args.channels, args.channels, *modes)
+
+
+def contenders(args, modes: tuple[int, int]) -> dict[str, torch.nn.Module]:
+    channels = args.channels
+    layers = {
+        "spectral": SpectralConv2d(channels, channels, modes),
+        "rfft2": RfftSpectralConv2d(channels, channels, modes),
+        "neuraloperator": neuraloperator_layer(channels, modes),
+        "official": official_layer(args, modes),
+        "convolution": DualConv2d(channels, channels, None),
+        "dual": DualConv2d(channels, channels, modes),
+    }
+    return {name: layer.to(args.device) for name, layer in layers.items() if layer is not None}
+
+
+def runner(name: str, layer, kind: str, shape: tuple, dtype: torch.dtype, device: str):
+    """A call without arguments: the layer's forward, or forward and backward. As in the model, ours and convolutions
+    find their input channels-last; FFTs prefer it the other way."""
+    x = torch.randn(shape, device=device, dtype=dtype if kind == "forward" else torch.float32)
+    if name in OURS:
+        x = x.contiguous(memory_format=torch.channels_last)
+        layer.to(dtype if kind == "forward" else torch.float32)
+    if kind == "forward":
+
+        @torch.inference_mode()
+        def run():
+            layer(x)
+
+        return run
+    x, dy = x.requires_grad_(), torch.randn(shape, device=device)
+
+    def run():
+        with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
+            y = layer(x)
+        torch.autograd.backward(y, dy.to(y.dtype))
+        layer.zero_grad()
+        x.grad = None
+
+    return run
+
+
+def runs_at_all(run) -> bool:
+    try:
+        run()
+    except (RuntimeError, NotImplementedError):  # a dtype that it does not know
+        return False
+    return True
+
+
+def row_of(case: str, dtype: str, layers: dict, modes: tuple[int, int], peak: float, args) -> dict:
+    kind, size, batch = case.split(":")
+    size, batch = int(size), int(batch)
+    if kind not in ("forward", "training"):
+        raise SystemExit(f"--cases {case}: the kind must be forward or training")
+    shape = batch, args.channels, size, size
+    runs = {name: runner(name, layers[name], kind, shape, getattr(torch, dtype), args.device) for name in layers}
+    if size < 2 * modes[0] or size < 2 * modes[1]:
+        runs.pop("rfft2")
+    runs = {name: run for name, run in runs.items() if name in OURS or dtype == "float32" or runs_at_all(run)}
+    times = race(runs, args.turns, args.device)
+    row = {"case": kind, "dtype": dtype, "size": size, "batch": batch}
+    row |= {f"{name}, ms": milliseconds(times[name]) if name in times else None for name in layers}
+    for name in layers.keys() & {"rfft2", "neuraloperator", "official"}:
+        row[f"{name} / ours"] = ratio(times[name], times["spectral"]) if name in times else None
+    row["dual / convolution"] = ratio(times["dual"], times["convolution"])
+    dual = runs["dual"]
+    row["share of GEMM peak"] = operations(dual) / (milliseconds(times["dual"]) / 1e3) / peak
+    row["peak, MiB"] = peak_bytes(dual, args.device) / 2**20
+    return row
+
+
+def main(argv=None) -> list[dict]:
+    options = parser(__doc__, turns=11)
+    options.add_argument("--cases", nargs="+", default=CASES)
+    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options.add_argument("--channels", type=int, default=128)
+    options.add_argument("--modes", type=int, nargs=2, default=(16, 9))
+    options.add_argument("--official_src", metavar="DIR", help="a checkout of the authors' code that you have")
+    options.add_argument("--official_layer", default="training.networks:SpectralConv2d", metavar="MODULE:CLASS")
+    args = parse(options, argv)
+    modes = tuple(args.modes)
+    rows = []
+    for dtype in args.dtypes:
+        layers, peak = contenders(args, modes), gemm_peak(args.device, getattr(torch, dtype))
+        for case in args.cases:
+            rows.append(row_of(case, dtype, layers, modes, peak, args))
+            print(f"{case} {dtype} done", flush=True)
+    title = f"One layer of {args.channels} channels with modes {modes}; medians of {args.turns} turns."
+    report(rows, title, "python benchmarks/bench_layer.py", args)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

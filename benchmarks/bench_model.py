@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""What does the network cost: beside its twin without spectral paths, its factorised twin, and diffusers' UNet2DModel?
+
+    python benchmarks/bench_model.py [--config ffhq-96] [--cases forward:64:4 training:64:4] [--compile] [--profile]
+
+A case is KIND:SIZE:BATCH with KIND forward or training (forward and backward). Contenders, in turns, all built from
+one preset of examples/configs: the dual model, `spatial` (conv_type="spatial"), `compact` (spectral_rank=--rank) and
+diffusers' UNet2DModel with as many channels, blocks and attention levels. In bfloat16 a forward pass runs in bfloat16
+throughout, training in autocast; dual models of all --dtypes take turns with each other.
+
+Columns: times; how many times the dual model's time is the others'; operations a second as a share of this machine's
+in a large matrix product; nanoseconds for each pixel; most memory held, without the weights. --profile prints the
+operators that the dual model spends most time in.
+"""
+
+import statistics
+
+import torch
+from diffusers import UNet2DModel
+from measure import CONFIGS, gemm_peak, milliseconds, operations, parse, parser, peak_bytes, race, ratio, report
+
+from dfu_diffusers import DFUModel
+
+CASES = ["forward:32:1", "forward:32:4", "forward:64:4", "forward:96:4", "forward:128:4", "forward:256:1"]
+CASES += ["forward:512:1", "training:32:4", "training:64:4"]
+
+
+def build(config: dict, rank: float, others: bool) -> dict[str, torch.nn.Module]:
+    models = {"dual": DFUModel.from_config(config)}
+    if others:
+        models["spatial"] = DFUModel.from_config(config, conv_type="spatial")
+        models["compact"] = DFUModel.from_config(config, spectral_rank=rank)
+        models["UNet2DModel"] = unet2d(config)
+    return models
+
+
+def unet2d(config: dict) -> UNet2DModel:
+    """Diffusers' model of equal width, depth and attention."""
+    levels = range(len(config["block_out_channels"]))
+    kinds = ["Attn" if level in config["attention_levels"] else "" for level in levels]
+    return UNet2DModel(
+        sample_size=config["sample_size"],
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        block_out_channels=config["block_out_channels"],
+        layers_per_block=config["layers_per_block"],
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        attention_head_dim=None,  # one head, as ours
+        norm_num_groups=min(32, config["block_out_channels"][0] // 4),
+    )
+
+
+def runner(model, kind: str, shape: tuple, dtype: torch.dtype, device: str):
+    """A call without arguments: the model's forward, or forward and backward."""
+    x = torch.randn(shape, device=device, dtype=dtype if kind == "forward" else torch.float32)
+    timestep = torch.full(shape[:1], 0.5, device=device)
+    if kind == "forward":
+
+        @torch.inference_mode()
+        def run():
+            model(x, timestep)
+
+        return run
+
+    def run():
+        with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
+            loss = model(x, timestep).sample.float().square().mean()
+        loss.backward()
+        model.zero_grad()
+
+    return run
+
+
+def rows_of(case: str, models: dict, peaks: dict, args) -> list[dict]:
+    """A row for each dtype, all contenders of all of them in turns."""
+    kind, size, batch = case.split(":")
+    size, batch = int(size), int(batch)
+    if kind not in ("forward", "training"):
+        raise SystemExit(f"--cases {case}: the kind must be forward or training")
+    shape = batch, 3, size, size
+    runs = {}
+    for dtype, built in models.items():
+        for name, model in built.items():
+            model.to(getattr(torch, dtype) if kind == "forward" else torch.float32)
+            model.train(kind == "training")
+            runs[dtype, name] = runner(model, kind, shape, getattr(torch, dtype), args.device)
+    times = race(runs, args.turns, args.device)
+    rows, first = [], next(iter(models))
+    for dtype, built in models.items():
+        row = {"case": kind, "dtype": dtype, "size": size, "batch": batch}
+        seconds = times[dtype, "dual"]
+        row |= {f"{name}, ms": milliseconds(times[dtype, name]) for name in built}
+        row |= {f"dual / {name}": ratio(seconds, times[dtype, name]) for name in built if name != "dual"}
+        row[f"{first} / this"] = ratio(times[first, "dual"], seconds)
+        dual, median = runs[dtype, "dual"], statistics.median(seconds)
+        row["share of GEMM peak"] = operations(dual) / median / peaks[dtype]
+        row["ns per pixel"] = median * 1e9 / (batch * size * size)
+        row["peak, MiB"] = peak_bytes(dual, args.device) / 2**20
+        rows.append(row)
+        if args.profile:
+            print(case, dtype, *profile(dual), sep="\n")
+    return rows
+
+
+def profile(run, count: int = 8) -> list[str]:
+    """The operators that take most time, with their shares."""
+    with torch.profiler.profile() as profiler:
+        run()
+
+    def own(event):
+        return event.self_cpu_time_total + getattr(event, "self_device_time_total", 0)
+
+    events = sorted(profiler.key_averages(), key=own, reverse=True)
+    total = sum(map(own, events))
+    return [f"    {own(event) / total:6.1%} {event.key} ({event.count} calls)" for event in events[:count]]
+
+
+def main(argv=None) -> list[dict]:
+    options = parser(__doc__, turns=5)
+    options.add_argument("--config", default="ffhq-96", help="a preset of examples/configs")
+    options.add_argument("--cases", nargs="+", default=CASES)
+    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options.add_argument("--rank", type=float, default=0.4, help="spectral_rank of `compact`")
+    options.add_argument("--alone", action="store_true", help="only the dual model")
+    options.add_argument("--compile", action="store_true", help="torch.compile of repeated blocks, ours alone")
+    options.add_argument("--profile", action="store_true")
+    args = parse(options, argv)
+    config = {**DFUModel.load_config(CONFIGS / f"{args.config}.json"), "num_augment_labels": 0, "dropout": 0.0}
+    peaks = {dtype: gemm_peak(args.device, getattr(torch, dtype)) for dtype in args.dtypes}
+    models = {}
+    for dtype in args.dtypes:
+        models[dtype] = {name: m.to(args.device) for name, m in build(config, args.rank, not args.alone).items()}
+        for name in set(models[dtype]) & {"dual", "spatial", "compact"} if args.compile else ():
+            models[dtype][name].compile_repeated_blocks()
+    rows = []
+    for case in args.cases:
+        rows += rows_of(case, models, peaks, args)
+        print(f"{case} done", flush=True)
+    numbers = ", ".join(f"{name} {m.num_parameters() / 1e6:.1f} M" for name, m in models[args.dtypes[0]].items())
+    title = f"Preset {args.config}{', compiled' if args.compile else ''}: {numbers} parameters; {args.turns} turns."
+    report(rows, title, f"python benchmarks/bench_model.py --config {args.config}", args)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

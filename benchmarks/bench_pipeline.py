@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""How long does a picture take, at each size and precision, and does the precision show?
+
+    python benchmarks/bench_pipeline.py [--model checkpoints/dfu-portraits] [--sizes 32 64 128 256 512]
+
+Pipelines of all --dtypes draw the same seeds, in turns. Columns: seconds for an image in batches of --batch_size; how
+many times as fast as the first precision; nanoseconds for each pixel and network call, and the same beside the size
+of --reference_size; the PSNR of the pictures to those of the first precision; most memory held, without the weights.
+On a GPU also how often the sampler waits for the device: the final copy to the CPU aside it never should. Writes the
+pictures beside each other with --output.
+"""
+
+import statistics
+import warnings
+
+import torch
+from measure import ROOT, parse, parser, peak_bytes, race, ratio, report
+from PIL import Image
+
+from dfu_diffusers import DFUPipeline
+
+
+def runner(pipe: DFUPipeline, size: int, args):
+    """Draws the images of seeds 0, 1, ...: (batch, 3, size, size) in [0, 1]."""
+
+    def run():
+        generators = [torch.Generator().manual_seed(seed) for seed in range(args.batch_size)]
+        options = dict(batch_size=args.batch_size, generator=generators, output_type="pt")
+        return pipe(height=size, width=size, num_inference_steps=args.num_inference_steps, **options).images
+
+    return run
+
+
+def psnr(images: torch.Tensor, others: torch.Tensor) -> float:
+    return -10 * (images - others).square().mean().log10().item()
+
+
+def count_waits(run) -> int:
+    """How often a call makes the CPU wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    runs = {dtype: runner(pipe, size, args) for dtype, pipe in pipes.items()}
+    images = {dtype: run().float().cpu() for dtype, run in runs.items()}
+    times = race(runs, args.turns, args.device)
+    first = args.dtypes[0]
+    calls = 2 * args.num_inference_steps - 1  # Heun's second order, and a last step of first order
+    rows = []
+    for dtype, run in runs.items():
+        row = {"size": size, "dtype": dtype, "s per image": statistics.median(times[dtype]) / args.batch_size}
+        row[f"{first} / this"] = ratio(times[first], times[dtype])
+        row["ns per pixel and call"] = row["s per image"] * 1e9 / (calls * size * size)
+        row[f"PSNR to {first}, dB"] = psnr(images[dtype], images[first]) if dtype != first else None
+        row["peak, MiB"] = peak_bytes(run, args.device) / 2**20
+        if args.device.startswith("cuda"):
+            row["waits"] = count_waits(run)
+        rows.append(row)
+    return rows, images
+
+
+def add_cost(rows: list[dict], reference_size: int) -> None:
+    """Cost of a pixel beside that at the reference size, in the same precision."""
+    costs = {(row["size"], row["dtype"]): row["ns per pixel and call"] for row in rows}
+    for row in rows:
+        reference = costs.get((reference_size, row["dtype"]))
+        row[f"beside {reference_size} px"] = row["ns per pixel and call"] / reference if reference else None
+
+
+def sheet(images: dict[int, dict[str, torch.Tensor]], cell: int = 128) -> Image.Image:
+    """The first picture of each size (columns) in each precision (rows)."""
+    dtypes = list(next(iter(images.values())))
+    picture = Image.new("RGB", (cell * len(images), cell * len(dtypes)))
+    for column, at_size in enumerate(images.values()):
+        for line, dtype in enumerate(dtypes):
+            image = DFUPipeline.numpy_to_pil(at_size[dtype][:1].permute(0, 2, 3, 1).numpy())[0]
+            picture.paste(image.resize((cell, cell), Image.Resampling.BOX), (column * cell, line * cell))
+    return picture
+
+
+def main(argv=None) -> list[dict]:
+    options = parser(__doc__, turns=3)
+    options.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
+    options.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    options.add_argument("--reference_size", type=int, default=128)
+    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options.add_argument("--batch_size", type=int, default=1)
+    options.add_argument("--num_inference_steps", type=int, default=18)
+    options.add_argument("--compile", action="store_true", help="torch.compile of repeated blocks")
+    args = parse(options, argv)
+    pipes = {}
+    for dtype in args.dtypes:
+        pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, dtype)).to(args.device)
+        pipe.set_progress_bar_config(disable=True)
+        if args.compile:
+            pipe.unet.compile_repeated_blocks()
+        pipes[dtype] = pipe
+    rows, images = [], {}
+    for size in args.sizes:
+        at_size, images[size] = rows_of(size, pipes, args)
+        rows += at_size
+        print(f"{size} px done", flush=True)
+    add_cost(rows, args.reference_size)
+    compiled = ", compiled" if args.compile else ""
+    title = f"{args.num_inference_steps} Heun steps, batches of {args.batch_size}{compiled}; {args.turns} turns."
+    report(rows, title, "python benchmarks/bench_pipeline.py", args)
+    if args.output:
+        sheet(images).save(args.output.with_suffix(".png"))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

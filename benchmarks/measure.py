@@ -1,0 +1,170 @@
+"""What the benchmarks of speed share: contenders that take turns, memory, arithmetic, and tables."""
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "examples" / "configs"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser(doc: str, turns: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
+    parser.add_argument("--turns", type=int, default=turns, help="of each contender; what is printed is a median")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.md")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def race(contenders: dict[str, Callable], turns: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each turn of each contender. They take turns after a warm-up each: on a shared machine the times
+    wander, the ratios within a turn much less."""
+    seconds = {name: [] for name in contenders}
+    for turn in range(turns + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median over the turns of the ratio within one turn."""
+    return statistics.median(a / b for a, b in zip(times, others))
+
+
+def milliseconds(times: list[float]) -> float:
+    return statistics.median(times) * 1e3
+
+
+def gemm_peak(device: str, dtype: torch.dtype) -> float:
+    """Most operations a second in a large matrix product: what this machine can do at all."""
+    n = 8192 if device.startswith("cuda") else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(race({"gemm": lambda: a @ a}, 5, device)["gemm"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic and memory
+
+
+def _baddbmm_flops(_, a, b, *args, out_shape=None, **kwargs) -> int:  # all that the counter does not know of ours
+    return 2 * a[0] * a[1] * a[2] * b[-1]
+
+
+def operations(run: Callable) -> int:
+    """Floating point operations of the matrix products and convolutions in a call."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _baddbmm_flops})
+    with counter:
+        run()
+    return counter.get_total_flops()
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators made and that are alive, and remembers the most: `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.live = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:  # a view of a weight is not memory that the call needs
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    self.live[StorageWeakRef(storage)] = storage.nbytes()
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def peak_bytes(run: Callable, device: str = "cpu") -> int:
+    """Most bytes that a call holds at once besides what was there before: by the allocator of a GPU, or the tensors
+    that its operators make (without what they need inside)."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveMemory() as memory:
+        run()
+    return memory.peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def setting(device: str) -> dict:
+    """Where a figure comes from: device, threads, versions and commit."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+
+
+def cpu_name() -> str:
+    """What Linux calls the processor, or Python's word for it elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table of rows with the same keys; numbers to three digits."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def report(rows: list[dict], title: str, command: str, args) -> None:
+    """Print the table and, with --output, write it as CSV, with the setting in each row, and as Markdown."""
+    where = setting(args.device)
+    text = f"{title} By `{command}`; " + ", ".join(f"{name} {value}" for name, value in where.items()) + ".\n\n"
+    print(text + markdown(rows))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.with_suffix(".md").write_text(text + markdown(rows), encoding="utf-8")
+        with open(args.output.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, **where} for row in rows)
