@@ -163,13 +163,17 @@ class SpectralConv2d(nn.Module):
             are reflected, and opposite edges do not know of each other; or a pair for (rows, columns). Mirror means
             the periodic layer on the image continued by its mirror image, to twice the size, and cut back to it.
             Modes then count half cycles per image: twice as many span the same band.
+        rank: None for a full matrix in each mode; a share of the channels in (0, 1) for R = U S(k, l) V with U (in, p)
+            and V (q, out) the same in all modes, a Tucker decomposition: p, q = `reduced(channels, rank)`.
 
     Attributes:
-        weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R.
+        weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R; with
+            `rank` that of S, (2r * c, p, 2q).
+        reduce, expand: U and V, real, of a layer with `rank`; otherwise None.
 
     Raises:
-        ValueError: modes that are not one or two positive integers, channels below 1, an unknown boundary, an input
-            of another shape.
+        ValueError: modes that are not one or two positive integers, channels below 1, an unknown boundary, a rank
+            outside (0, 1), an input of another shape.
 
     Shape: (batch, in_channels, H, W) -> (batch, out_channels, H', W'); H', W' = `size`, by default H, W.
 
@@ -185,15 +189,55 @@ class SpectralConv2d(nn.Module):
         modes: int | tuple[int, int],
         init_scale: float = 1.0,
         boundary: Boundary = "periodic",
+        rank: float | None = None,
     ):
         super().__init__()
         if min(in_channels, out_channels) < 1:
             raise ValueError(f"Channels must be positive, but got {in_channels} and {out_channels}.")
         self.in_channels, self.out_channels, self.modes = in_channels, out_channels, _parse_modes(modes)
-        self.boundary = _parse_boundary(boundary)
+        self.boundary, self.rank = _parse_boundary(boundary), rank
         r, c = self.modes
-        self.weight = nn.Parameter(torch.empty(2 * r * c, in_channels, 2 * out_channels))
-        nn.init.normal_(self.weight, std=init_scale / math.sqrt(2 * in_channels))
+        p, q = (self.reduced(channels, rank) for channels in (in_channels, out_channels))
+        self.weight = nn.Parameter(torch.empty(2 * r * c, p, 2 * q))
+        nn.init.normal_(self.weight, std=init_scale / math.sqrt(2 * p))
+        self.reduce = self.expand = None
+        if rank is not None:
+            self.reduce, self.expand = (
+                nn.Parameter(torch.empty(in_channels, p)),
+                nn.Parameter(torch.empty(q, out_channels)),
+            )
+            nn.init.normal_(self.reduce, std=1 / math.sqrt(in_channels))
+            nn.init.normal_(self.expand, std=1 / math.sqrt(q))
+
+    @staticmethod
+    def reduced(channels: int, rank: float | None) -> int:
+        """Channels in which the modes are mixed: a share `rank` of them, but at least eight, or all if they are fewer.
+
+        >>> [SpectralConv2d.reduced(channels, 0.4) for channels in (3, 16, 128)]
+        [3, 8, 51]
+        """
+        return channels if _parse_rank(rank) is None else max(round(rank * channels), min(channels, 8))
+
+    @torch.no_grad()
+    def factorized(self, rank: float) -> "SpectralConv2d":
+        """A layer with `rank` near this one: U and V span what matters most to the weights of all modes together (a
+        higher-order singular value decomposition, De Lathauwer et al. 2000).
+
+        Raises:
+            ValueError: a rank outside (0, 1), or a layer that has one.
+        """
+        if self.rank is not None:
+            raise ValueError(f"This layer is factorised already, with rank={self.rank}: begin with a full one.")
+        weight = self.weight.double().unflatten(2, (2, self.out_channels))  # (modes, in, real/imag, out)
+        layer = SpectralConv2d(self.in_channels, self.out_channels, self.modes, 1.0, self.boundary, rank)
+        layer.to(self.weight)
+        gram_in, gram_out = (torch.einsum(sum, weight, weight) for sum in ("mipo,mjpo->ij", "mipo,mipu->ou"))
+        p, q = layer.reduce.shape[1], layer.expand.shape[0]
+        u, v = torch.linalg.eigh(gram_in)[1][:, -p:], torch.linalg.eigh(gram_out)[1][:, -q:]  # in ascending order
+        layer.weight.copy_(torch.einsum("mipo,ia,ob->mapb", weight, u, v).flatten(2))
+        layer.reduce.copy_(u)
+        layer.expand.copy_(v.T)
+        return layer
 
     def forward(
         self, x: torch.Tensor, size: tuple[int, int] | None = None, residual: torch.Tensor | None = None
@@ -234,7 +278,14 @@ class SpectralConv2d(nn.Module):
         return x.view(batch, new_height, new_width, self.out_channels).permute(0, 3, 1, 2)
 
     def _mix(self, x: torch.Tensor, first: int, rows: int, columns: int) -> torch.Tensor:
-        """Product of x (rows * columns, 2b, in) with the weights of these modes, in the dtype of x."""
+        """Product of x (rows * columns, 2b, in) with the weights of these modes, (rows * columns, 2b, 2 out), in the
+        dtype of x."""
+        if self.rank is None:
+            return self._mix_modes(x, first, rows, columns)
+        x = self._mix_modes(x @ self.reduce.to(x.dtype), first, rows, columns)
+        return (x.unflatten(2, (2, -1)) @ self.expand.to(x.dtype)).flatten(2)
+
+    def _mix_modes(self, x: torch.Tensor, first: int, rows: int, columns: int) -> torch.Tensor:
         r, c = self.modes
         whole = (rows, columns) == (2 * r, c)
         if whole and self.weight.dtype == x.dtype:
@@ -245,7 +296,8 @@ class SpectralConv2d(nn.Module):
         return torch.bmm(x, weight[first : first + rows, :columns].flatten(0, 1).to(x.dtype))
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, modes={self.modes}, boundary={self.boundary}"
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        return f"{self.in_channels}, {self.out_channels}, modes={self.modes}, boundary={self.boundary}{rank}"
 
 
 def _check_layer_input(x: torch.Tensor, channels: int, size) -> tuple[int, int]:
@@ -283,6 +335,14 @@ def _parse_boundary(boundary) -> tuple[str, str]:
             f"{boundary!r}."
         )
     return tuple(pair)
+
+
+def _parse_rank(rank) -> float | None:
+    if rank is not None and not (isinstance(rank, float) and 0 < rank < 1):
+        raise ValueError(
+            f"A spectral rank is a share of the channels, between 0 and 1, or None for full weights, but got {rank!r}."
+        )
+    return rank
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -354,14 +414,14 @@ class DualConv2d(nn.Module):
         modes: Fourier modes of the spectral part, see `SpectralConv2d`. None leaves it out.
         conv_type: "dual", or only one part: "spatial" or "spectral".
         init_scale: factor on the initial weights.
-        spectral_boundary: of the spectral part, see `SpectralConv2d`.
+        spectral_boundary, spectral_rank: of the spectral part, see `SpectralConv2d`.
 
     Attributes:
         periodic: for (rows, columns) whether the 3x3 convolution takes the opposite edge for a neighbour, rather than
             zeros. No parameter depends on it.
 
     Raises:
-        ValueError: an unknown `conv_type` or `spectral_boundary`, or "spectral" without modes.
+        ValueError: an unknown `conv_type` or `spectral_boundary`, a rank outside (0, 1), or "spectral" without modes.
 
     Shape: (batch, in_channels, H, W) -> (batch, out_channels, H', W'); H', W' = `size`, by default H, W. Both parts
     resample to another size themselves: the spatial one before its convolution, by area average or nearest pixel.
@@ -378,6 +438,7 @@ class DualConv2d(nn.Module):
         conv_type: Literal["dual", "spatial", "spectral"] = "dual",
         init_scale: float = 1.0,
         spectral_boundary: Boundary = "periodic",
+        spectral_rank: float | None = None,
     ):
         super().__init__()
         _check_conv_type(conv_type)
@@ -389,7 +450,9 @@ class DualConv2d(nn.Module):
         if conv_type != "spectral":
             self.spatial = _init_linear(nn.Conv2d(in_channels, out_channels, 3, padding=1), init_scale)
         if conv_type != "spatial" and modes is not None:
-            self.spectral = SpectralConv2d(in_channels, out_channels, modes, init_scale, spectral_boundary)
+            self.spectral = SpectralConv2d(
+                in_channels, out_channels, modes, init_scale, spectral_boundary, spectral_rank
+            )
 
     def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Args: x (batch, in_channels, H, W); size (H', W') of the output."""
@@ -534,7 +597,7 @@ class DFUBlock(nn.Module):
 
     Args:
         in_channels, out_channels, embedding_channels: channels of input, output and noise-level embedding.
-        modes, conv_type, spectral_boundary: of the dual convolutions, see `DualConv2d`.
+        modes, conv_type, spectral_boundary, spectral_rank: of the dual convolutions, see `DualConv2d`.
         level: index of the resolution level the block works on (0 is the full image); for those who freeze by level.
         resample: "down" or "up" if the block joins two levels.
         attention: end with self-attention.
@@ -556,14 +619,16 @@ class DFUBlock(nn.Module):
         norm_num_groups: int,
         norm_eps: float,
         spectral_boundary: Boundary = "periodic",
+        spectral_rank: float | None = None,
     ):
         super().__init__()
+        spectral = spectral_boundary, spectral_rank
         self.level, self.resample, self.dropout = level, resample, dropout
         self.norm1 = _group_norm(in_channels, norm_num_groups, norm_eps)
-        self.conv1 = DualConv2d(in_channels, out_channels, modes, conv_type, 1.0, spectral_boundary)
+        self.conv1 = DualConv2d(in_channels, out_channels, modes, conv_type, 1.0, *spectral)
         self.embedding = _init_linear(nn.Linear(embedding_channels, out_channels))
         self.norm2 = _group_norm(out_channels, norm_num_groups, norm_eps)
-        self.conv2 = DualConv2d(out_channels, out_channels, modes, conv_type, NEAR_ZERO, spectral_boundary)
+        self.conv2 = DualConv2d(out_channels, out_channels, modes, conv_type, NEAR_ZERO, *spectral)
         self.skip = None
         if in_channels != out_channels or resample is not None:
             self.skip = _init_linear(nn.Conv2d(in_channels, out_channels, 1))
@@ -666,6 +731,9 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         tileable: axes along which the 3x3 convolutions take the opposite edge for a neighbour, for images that tile
             the plane: "x" (left and right edges meet), "y", "xy" or None. A model trained without is switched by
             `use_tileable`.
+        spectral_rank: None for full matrices in each Fourier mode, or the share of the channels, in (0, 1), to which
+            factors that all modes share reduce them, see `SpectralConv2d`: spectral weights shrink with its square.
+            `factorized` turns a trained model into one of these.
 
     Raises:
         ValueError: an argument out of its range, or lists of levels that do not fit together.
@@ -698,6 +766,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_augment_labels: int = 0,
         spectral_boundary: Boundary = "periodic",
         tileable: Literal["x", "y", "xy"] | None = None,
+        spectral_rank: float | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -705,12 +774,14 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         noise_channels, embedding_channels = channels[0], 4 * channels[0]
 
         def conv(in_channels, out_channels, init_scale=1.0):
-            return DualConv2d(in_channels, out_channels, fourier_modes[0], conv_type, init_scale, spectral_boundary)
+            return DualConv2d(
+                in_channels, out_channels, fourier_modes[0], conv_type, init_scale, spectral_boundary, spectral_rank
+            )
 
         def block(in_channels, level, out_channels=None, resample=None, attention=False):
             return DFUBlock(
                 in_channels, out_channels or channels[level], embedding_channels, fourier_modes[level], conv_type,
-                level, resample, attention, dropout, norm_num_groups, norm_eps, spectral_boundary,
+                level, resample, attention, dropout, norm_num_groups, norm_eps, spectral_boundary, spectral_rank,
             )  # fmt: skip
 
         # 1. embedding of noise level and labels
@@ -900,6 +971,29 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"These weights are of another configuration than the one given: {error}") from error
         return model.to(dtype=torch_dtype).eval()
 
+    def factorized(self, spectral_rank: float) -> "DFUModel":
+        """A smaller model near this one, to be trained on: with its weights, those of the Fourier layers factorised by
+        `SpectralConv2d.factorized`.
+
+        Raises:
+            ValueError: a rank outside (0, 1), or a model that is factorised already or has no spectral path.
+
+        >>> model = DFUModel(block_out_channels=(32, 32), fourier_modes=(5, None), attention_levels=())
+        >>> [round(m.num_parameters() / 1e6, 2) for m in (model, model.factorized(0.4))]
+        [3.49, 1.14]
+        """
+        if not any(isinstance(module, SpectralConv2d) for module in self.modules()):
+            raise ValueError("This model has no spectral weights that could be factorised.")
+        with torch.device("meta"):
+            model = self.from_config(self.config, spectral_rank=spectral_rank)
+        state = dict(self.state_dict())
+        for name, module in self.named_modules():
+            if isinstance(module, SpectralConv2d):
+                layer = module.factorized(spectral_rank).state_dict()
+                state |= {f"{name}.{key}": value for key, value in layer.items()}
+        model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+        return model.train(self.training)
+
     def load_lora_adapter(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict,
@@ -1036,6 +1130,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         _check_conv_type(config.conv_type)
         _parse_boundary(config.spectral_boundary)
+        _parse_rank(config.spectral_rank)
         for level, entry in enumerate(modes):
             if entry is not None:
                 _parse_modes(entry)

@@ -142,6 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--model_config", help="DFUModel's config.json format (default: configs/portraits.json)")
     model.add_argument("--init_from", help="fine-tune this pipeline, a folder or a Hub id, in place of a new model")
     model.add_argument(
+        "--spectral_rank", type=number(float, 0, 1), metavar="SHARE",
+        help="factorise the spectral weights of --init_from's model (0.4: about a sixth of them); see DFUModel",
+    )  # fmt: skip
+    model.add_argument(
         "--freeze", nargs="+", default=[], metavar="GROUP",
         help="spatial, spectral, norm, attention, skip, embedding, level:N or level:N.KIND",
     )  # fmt: skip
@@ -221,6 +225,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--random_crop and --cache_dir: the cache holds images cropped already, so give one of them")
     if args.init_from and args.model_config:
         parser.error("--init_from brings its own model: leave out --model_config")
+    if args.spectral_rank and not args.init_from:
+        parser.error("--spectral_rank factorises the model of --init_from: for a new one it belongs in --model_config")
     if args.resolution_weights and len(args.resolution_weights) != len(args.resolutions):
         parser.error(f"--resolution_weights needs {len(args.resolutions)} numbers, one for each of --resolutions")
     args.model_config = args.model_config or str(CONFIGS / "portraits.json")
@@ -379,6 +385,8 @@ def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
         with torch.device("meta") if args.dry_run else contextlib.nullcontext():  # no weights to just count them
             return DFUModel.from_config(config | wanted)
     model = DFUPipeline.from_pretrained(args.init_from).unet.float().train()
+    if args.spectral_rank:
+        model = model.factorized(args.spectral_rank)
     model.register_to_config(sample_size=config["sample_size"])
     return model
 

@@ -342,6 +342,38 @@ def test_large_weights_pass_in_blocks(size, lowered, monkeypatch):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
+# --- SpectralConv2d: factorised weights ---
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (24, 33)])
+@pytest.mark.parametrize("channels", [(3, 20), (20, 3), (16, 24)])
+def test_factors_are_a_full_weight(size, channels):
+    """The layer is the one whose weights are the products U S V."""
+    layer, x = redraw(SpectralConv2d(*channels, (4, 3), rank=0.5)), draw(2, channels[0], *size, dtype=torch.float64)
+    p, q = layer.reduce.shape[1], layer.expand.shape[0]
+    assert (p, q) == tuple(SpectralConv2d.reduced(n, 0.5) for n in channels) and layer.weight.shape == (24, p, 2 * q)
+    layer, full = layer.double(), SpectralConv2d(*channels, (4, 3)).double()
+    with torch.no_grad():
+        core = layer.weight.unflatten(2, (2, q))
+        full.weight.copy_(torch.einsum("ia,mapb,bo->mipo", layer.reduce, core, layer.expand).flatten(2))
+    torch.testing.assert_close(layer(x), full(x))
+
+
+def test_factorising_keeps_the_subspaces_that_matter():
+    """Weights of low rank are kept as they are; of others more than by factors taken at random."""
+    low = redraw(SpectralConv2d(16, 24, (4, 3), rank=0.5)).double()
+    full = SpectralConv2d(16, 24, (4, 3)).double()
+    with torch.no_grad():
+        core = low.weight.unflatten(2, (2, 12))
+        full.weight.copy_(torch.einsum("ia,mapb,bo->mipo", low.reduce, core, low.expand).flatten(2))
+    x = draw(2, 16, 9, 12, dtype=torch.float64)
+    torch.testing.assert_close(full.factorized(0.5)(x), full(x))
+    redraw(full)
+    near, u = full.factorized(0.5), torch.linalg.qr(draw(16, 8, dtype=torch.float64))[0]
+    kept = near.weight.square().sum() / full.weight.square().sum()
+    assert kept > torch.einsum("mio,ia->mao", full.weight, u).square().sum() / full.weight.square().sum() * 12 / 24
+
+
 # --- Group normalisation ---
 
 

@@ -32,6 +32,7 @@ PARAMETERS = {
     "cifar-32": 183_735_811,
     "ffhq-160": 2_248_364_035,
     "ffhq-96": 630_576_131,
+    "ffhq-96-compact": 155_662_389,
     "portraits": 7_192_771,
     "digits": 5_223_889,
     "tiny": 78_227,
@@ -478,6 +479,33 @@ def test_configs_without_boundaries_are_periodic_waves_and_edges_apart(make_mode
     model, x = redraw(DFUModel.from_config(config)).eval(), draw(2, 3, 11, 8)
     expected = make_model(spectral_boundary="periodic", tileable=None)(x, 0.1).sample
     assert torch.equal(model(x, 0.1).sample, expected)
+
+
+# --- DFUModel: factorised spectral weights ---
+
+
+def test_factorised_model(make_model, tmp_path):
+    """Of all channels it is the model it comes from; of fewer a smaller one, whose config and weights can be saved."""
+    model, x = make_model(block_out_channels=(16, 24, 16)).eval(), draw(2, 3, 11, 8)
+    torch.testing.assert_close(model.factorized(0.999)(x, 0.1).sample, model(x, 0.1).sample, rtol=1e-4, atol=1e-5)
+    small = model.factorized(0.5)
+    assert small.num_parameters() < model.num_parameters() and not small.training
+    small.save_pretrained(tmp_path)
+    loaded = DFUModel.from_pretrained(tmp_path)
+    assert loaded.config.spectral_rank == 0.5 and torch.equal(loaded(x, 0.1).sample, small(x, 0.1).sample)
+    with torch.no_grad():
+        small.conv_in.spatial.weight.zero_()
+    assert model.conv_in.spatial.weight.any()  # it has weights of its own
+
+
+def test_factorising_what_cannot_be_factorised(make_model):
+    with pytest.raises(ValueError, match="no spectral weights"):
+        make_model(conv_type="spatial").factorized(0.5)
+    with pytest.raises(ValueError, match="factorised already, with rank=0.5"):
+        make_model(spectral_rank=0.5).factorized(0.5)
+    for rank in (0, 1, 1.5, "0.5", float("nan")):
+        with pytest.raises(ValueError, match="A spectral rank is a share"):
+            make_model(spectral_rank=rank)
 
 
 # --- DFUModel: training ---
