@@ -61,8 +61,8 @@ style: $(VENV)/installed-quality  ## Fix style and formatting.
 	$(PY) -m ruff format .
 	$(PY) docs/make_reference.py
 
-bench: $(VENV)/installed-test  ## Run each script of benchmarks/.
-	@set -e; for script in benchmarks/[!_]*.py; do echo "$$script"; $(PY) "$$script"; done
+bench: $(VENV)/installed-test  ## Measure speed and memory: each benchmarks/bench_*.py.
+	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(PY) "$$script"; done
 
 clean:  ## Remove what make made: .venv*, outputs/demo.png, build files and caches. Other outputs stay.
 	rm -rf $(VENV) .venv-oldest outputs/demo.png build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

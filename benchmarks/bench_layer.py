@@ -21,11 +21,14 @@ so are left out.
 
 import importlib
 import sys
+from pathlib import Path
 
 import torch
-from measure import gemm_peak, milliseconds, operations, parse, parser, peak_bytes, race, ratio, report
 
 from dfu_diffusers.modeling_dfu import DualConv2d, SpectralConv2d
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
+from benchmarks.measure import gemm_peak, milliseconds, operations, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
 
 OURS = ("spectral", "convolution", "dual")
 CASES = ["forward:32:1", "forward:33:4", "forward:64:1", "forward:64:16", "forward:160:4", "forward:256:1"]

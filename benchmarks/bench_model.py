@@ -14,12 +14,27 @@ operators that the dual model spends most time in.
 """
 
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from measure import CONFIGS, gemm_peak, milliseconds, operations, parse, parser, peak_bytes, race, ratio, report
 
 from dfu_diffusers import DFUModel
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
+from benchmarks.measure import (  # noqa: E402
+    CONFIGS,
+    gemm_peak,
+    milliseconds,
+    operations,
+    parse,
+    parser,
+    peak_bytes,
+    race,
+    ratio,
+    report,
+)
 
 CASES = ["forward:32:1", "forward:32:4", "forward:64:4", "forward:96:4", "forward:128:4", "forward:256:1"]
 CASES += ["forward:512:1", "training:32:4", "training:64:4"]

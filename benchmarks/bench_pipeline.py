@@ -11,13 +11,17 @@ pictures beside each other with --output.
 """
 
 import statistics
+import sys
 import warnings
+from pathlib import Path
 
 import torch
-from measure import ROOT, parse, parser, peak_bytes, race, ratio, report
 from PIL import Image
 
 from dfu_diffusers import DFUPipeline
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
+from benchmarks.measure import ROOT, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
 
 
 def runner(pipe: DFUPipeline, size: int, args):

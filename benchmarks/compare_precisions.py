@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from measure import ROOT, markdown, setting
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
+from benchmarks.measure import ROOT, markdown, setting  # noqa: E402
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 

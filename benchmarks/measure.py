@@ -1,10 +1,20 @@
-"""What the benchmarks of speed share: contenders that take turns, memory, arithmetic, and tables."""
+#!/usr/bin/env python
+"""What the benchmarks of speed share: contenders that take turns, memory, arithmetic, and tables.
+
+    python benchmarks/measure.py README.md docs/performance.md
+
+writes the tables of these pages anew: each stands behind a line `<!-- FILE.csv: COLUMN, COLUMN -->` and takes these
+columns of a file in benchmarks/results. `COLUMN=TITLE` gives one another title, `COLUMN==VALUE` keeps only the rows
+with this value, without a column of their own.
+"""
 
 import argparse
 import csv
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,3 +178,32 @@ def report(rows: list[dict], title: str, command: str, args) -> None:
             writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
             writer.writeheader()
             writer.writerows({**row, **where} for row in rows)
+
+
+def with_tables(page: str) -> str:
+    """The text of a page with the tables that its comments ask for."""
+    pattern = r"(<!-- ([\w.-]+\.csv): (.*?) -->\n\n?)(?:\|.*\n)*"
+    return re.sub(pattern, lambda match: match[1] + _table(match[2], match[3].split(", ")), page)
+
+
+def _table(file: str, columns: list[str]) -> str:
+    with open(ROOT / "benchmarks" / "results" / file, encoding="utf-8", newline="") as source:
+        rows = list(csv.DictReader(source))
+    for column in [column for column in columns if "==" in column]:
+        name, value = column.split("==")
+        rows = [row for row in rows if row[name] == value]
+    chosen = [column.partition("=") for column in columns if "==" not in column]
+    return markdown([{title or name: _number(row[name]) for name, _, title in chosen} for row in rows])
+
+
+def _number(text: str):
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        text = Path(argument).read_text(encoding="utf-8")
+        Path(argument).write_text(with_tables(text), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The benchmark compares what it claims to compare, and runs on the tiny preset."""
 
+import argparse
 import csv
 from pathlib import Path
 
@@ -10,21 +11,73 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from benchmarks import (
-    bench_dual_conv,
+    bench_layer,
+    bench_model,
+    bench_pipeline,
     bench_train,
+    compare_precisions,
     compare_strategies,
     experiment,
     heldout_loss,
     inpaint,
+    measure,
     super_resolution,
 )
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.modeling_dfu import SpectralConv2d
 from examples import evaluate_dfu, train_dfu
 
+# --- Speed and memory ---
+
+
+def test_contenders_take_turns():
+    order = []
+    times = measure.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, turns=2)
+    assert order == ["a", "b"] * 3 and len(times["a"]) == len(times["b"]) == 2  # the first ones warm up
+    assert measure.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+    assert measure.gemm_peak("cpu", torch.float32) > 1e8
+
+
+def test_operations_and_memory_of_known_calls():
+    x, y, out = torch.randn(3, 4, 5), torch.randn(3, 5, 6), torch.randn(3, 4, 6)
+    assert measure.operations(lambda: torch.bmm(x, y)) == measure.operations(lambda: out.baddbmm_(x, y)) == 2 * 360
+    convolution = torch.nn.Conv2d(2, 3, 3, padding=1)
+    image = torch.randn(1, 2, 8, 8)
+    assert measure.operations(lambda: convolution(image)) == 2 * 9 * 2 * 3 * 64
+
+    def two_at_once():
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        return second * 2
+
+    assert measure.peak_bytes(two_at_once) == 2 * 4000
+    assert measure.peak_bytes(lambda: x.view(-1).view(3, 4, 5)) == 0  # no memory of their own
+
+
+def test_tables_are_taken_from_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    rows = [{"size": 32, "dtype": "float32", "ratio": 1.23456}, {"size": 64, "dtype": "bfloat16", "ratio": 1234.5}]
+    args = argparse.Namespace(device="cpu", output=tmp_path / "benchmarks" / "results" / "layer")
+    measure.report(rows, "A title.", "python x.py", args)
+    assert "A title. By `python x.py`; device" in args.output.with_suffix(".md").read_text()
+    page = "Before.\n\n<!-- layer.csv: size, ratio=times -->\n\n| old |\n|---|\n| 1 |\n\nAfter.\n"
+    updated = measure.with_tables(page)
+    assert "-->\n\n| size | times |\n|---|---|\n| 32 | 1.23 |\n| 64 | 1,234 |\n\nAfter.\n" in updated
+    assert measure.with_tables(updated) == updated
+    only = measure.with_tables("<!-- layer.csv: dtype==bfloat16, size -->\n")
+    assert only == "<!-- layer.csv: dtype==bfloat16, size -->\n| size |\n|---|\n| 64 |\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_tables_of_the_pages_are_those_measured(page):
+    text = (measure.ROOT / page).read_text()
+    assert ".csv: " in text and measure.with_tables(text) == text, f"run `python benchmarks/measure.py {page}`"
+
 
 def test_the_rfft2_layer_is_the_same_function():
-    ours, theirs = SpectralConv2d(2, 3, (4, 3)), bench_dual_conv.RfftSpectralConv2d(2, 3, (4, 3))
+    ours, theirs = SpectralConv2d(2, 3, (4, 3)), bench_layer.RfftSpectralConv2d(2, 3, (4, 3))
     real, imaginary = ours.weight.detach().view(8, 3, 2, 6).chunk(2, dim=-1)  # rows -4 .. 3
     weight = torch.complex(real, imaginary).permute(2, 3, 0, 1)  # (in, out, rows, columns)
     theirs.weight.data = torch.stack([weight[:, :, 4:], weight[:, :, :4]])
@@ -32,12 +85,65 @@ def test_the_rfft2_layer_is_the_same_function():
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
-def test_the_benchmark_runs(tmp_path, capsys):
-    options = ["--config", "tiny", "--sizes", "16", "24", "--batch_size", "1", "--repeats", "1"]
-    rows = bench_dual_conv.main([*options, "--output", str(tmp_path / "table.csv")])
-    assert [row["size"] for row in rows] == [16, 24] and all(row["dual_over_spatial"] > 0 for row in rows)
-    assert "| 24 | 1 |" in capsys.readouterr().out
-    assert [row["config"] for row in csv.DictReader(open(tmp_path / "table.csv"))] == ["tiny", "tiny"]
+def test_the_benchmark_of_layers(tmp_path, capsys):
+    """With a layer from a folder, as the authors' would be."""
+    (tmp_path / "their_networks.py").write_text(
+        "from benchmarks.bench_layer import RfftSpectralConv2d\n\n\n"
+        "class Layer(RfftSpectralConv2d):\n"
+        "    def __init__(self, in_channels, out_channels, rows, columns):\n"
+        "        super().__init__(in_channels, out_channels, (rows, columns))\n"
+    )
+    options = ["--cases", "forward:8:1", "forward:5:2", "training:8:1", "--channels", "4", "--modes", "3", "2"]
+    options += ["--official_src", str(tmp_path), "--official_layer", "their_networks:Layer", "--turns", "1"]
+    rows = bench_layer.main([*options, "--output", str(tmp_path / "layer")])
+    assert [(row["case"], row["dtype"]) for row in rows[:3]] == [("forward", "float32")] * 2 + [
+        ("training", "float32")
+    ]
+    assert rows[0]["official / ours"] > 0 and rows[0]["rfft2, ms"] > 0 and rows[1]["rfft2, ms"] is None
+    assert all(0 < row["share of GEMM peak"] < 1.5 and row["peak, MiB"] > 0 for row in rows)
+    assert "| training | bfloat16 | 8 | 1 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="kind must be forward or training"):
+        bench_layer.main(["--cases", "backward:8:1"])
+
+
+def test_the_benchmark_of_models(tmp_path, capsys):
+    options = ["--config", "tiny", "--cases", "forward:8:1", "training:16:2", "--turns", "1", "--profile"]
+    rows = bench_model.main([*options, "--output", str(tmp_path / "model")])
+    cases = [(row["case"], row["dtype"], row["size"]) for row in rows]
+    dtypes = ("float32", "bfloat16")
+    assert cases == [("forward", dtype, 8) for dtype in dtypes] + [("training", dtype, 16) for dtype in dtypes]
+    assert all(row[f"dual / {name}"] > 0 for row in rows for name in ("spatial", "compact", "UNet2DModel"))
+    assert rows[0]["float32 / this"] == 1 and rows[0]["ns per pixel"] > 0
+    out = capsys.readouterr().out
+    assert "mkldnn" in out or "conv" in out  # the profile
+    assert len(list(csv.DictReader(open(tmp_path / "model.csv")))) == 4
+    (row,) = bench_model.main(["--config", "tiny", "--cases", "forward:8:1", "--alone", "--dtypes", "float32"])
+    assert not any("spatial" in name for name in row)
+
+
+def test_the_benchmark_of_pipelines(tmp_path, capsys):
+    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--sizes", "8", "16", "--reference_size", "8", "--turns", "1"]
+    rows = bench_pipeline.main([*options, "--num_inference_steps", "2", "--output", str(tmp_path / "pipeline")])
+    assert [(row["size"], row["dtype"]) for row in rows[1:3]] == [(8, "bfloat16"), (16, "float32")]
+    assert rows[0]["beside 8 px"] == 1 and rows[1]["PSNR to float32, dB"] > 30
+    assert Image.open(tmp_path / "pipeline.png").size == (2 * 128, 2 * 128)
+
+
+def test_precisions_are_compared(tmp_path, monkeypatch, capsys):
+    def run(words, check):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_dfu.main(words[2:])
+
+    monkeypatch.setattr(compare_precisions, "subprocess", argparse.Namespace(run=run))
+    monkeypatch.setattr(compare_precisions, "setting", lambda device: {"device": device})
+    options = ["--model_config", str(train_dfu.CONFIGS / "tiny.json"), "--resolutions", "8", "--batch_size", "2"]
+    rows = compare_precisions.main(["--steps", "20", "--output_dir", str(tmp_path / "out"), *options])
+    assert [row["steps"] for row in rows][-1] == "19 to 20" and len(rows) == 10
+    assert all(abs(row["difference"]) < 0.1 * row["float32"] for row in rows)
+    assert any(row["float32"] != row["bfloat16"] for row in rows)
+    assert (tmp_path / "out" / "losses.png").is_file() and "times as long in float32" in capsys.readouterr().out
 
 
 def test_the_heldout_loss_of_an_untrained_model_is_about_one(tmp_path, capsys):

@@ -1,0 +1,250 @@
+#!/usr/bin/env python
+"""Which cheap changes at sampling time help beyond the training size? The same seeds with each, sampled directly.
+
+    python benchmarks/ablations.py [--model checkpoints/dfu-portraits] [--factors 1.5 2] [--num_images 100]
+
+Variants of a trained model, none of which needs other weights:
+    as it is                what `DFUPipeline` does
+    attention, log N        queries scaled by ln N / ln N_train for N pixels (arXiv 2306.08645)
+    edges repeated          3x3 convolutions that repeat the edge in place of zeros beyond it
+    spectral x G early      weights of the Fourier layers times G while sigma is above 1 (after arXiv 2510.20766)
+    levels from L fixed     levels from L on work on the grid that they have at the training size, whatever the size
+                            of the picture (after arXiv 2311.17528); "early": while sigma is above 1
+Distances are to real portraits, see docs/evaluate.md. Finished images are kept in --output_dir: the same command goes
+on where it was stopped. Writes results.md, results.csv and a sheet for each size.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from dfu_diffusers import DFUPipeline
+from dfu_diffusers.evaluation import METRICS, Collection, Compared, Features, ModelSource, Portraits, measure
+from dfu_diffusers.extractors import load_extractor
+from dfu_diffusers.modeling_dfu import DFUAttention, DFUBlock, SpectralConv2d
+from dfu_diffusers.reports import write_atomically
+from dfu_diffusers.resolutions import format_resolution
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the examples, when run as a script
+from examples.evaluate_dfu import HEADINGS, Row, sheet  # noqa: E402
+from examples.generate_dfu import CHECKPOINT  # noqa: E402
+
+EARLY = math.log(1.0) / 4  # c_noise of sigma 1
+
+
+class Variant:
+    """Hooks that change a model as long as they are there. `early` tells whether the noise level is above 1."""
+
+    def __init__(self, unet):
+        self.unet, self.hooks, self.early = unet, [], True
+        self.watch(unet, self.see_level)
+
+    def watch(self, module, hook, after: bool = False) -> None:
+        register = module.register_forward_hook if after else module.register_forward_pre_hook
+        self.hooks.append(register(hook))
+
+    def see_level(self, unet, args):
+        self.early = bool(torch.as_tensor(args[1]).max() > EARLY)
+
+    def modules(self, kind):
+        return [module for module in self.unet.modules() if isinstance(module, kind)]
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def as_it_is(unet, size: int):
+    yield
+
+
+@contextlib.contextmanager
+def log_attention(unet, size: int):
+    """At `size` px, the side of a training image."""
+    variant = Variant(unet)
+
+    def scale(qkv, args, output):
+        pixels, channels = args[0].shape[-2], output.shape[-1] // 3
+        factor = math.log(pixels) / math.log(variant.training_pixels[qkv])
+        return torch.cat([output[..., :channels] * max(1.0, factor), output[..., channels:]], -1)
+
+    variant.training_pixels = {}
+
+    def remember(qkv, args):
+        variant.training_pixels[qkv] = args[0].shape[-2]
+
+    layers = [attention.qkv for attention in variant.modules(DFUAttention)]
+    hooks = [layer.register_forward_pre_hook(remember) for layer in layers]
+    with torch.no_grad():
+        unet(torch.zeros(1, unet.config.in_channels, size, size, dtype=unet.dtype), 0.0)
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        variant.watch(layer, scale, after=True)
+    yield
+    variant.remove()
+
+
+@contextlib.contextmanager
+def repeated_edges(unet, size: int):
+    convolutions = [m for m in unet.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    for convolution in convolutions:
+        convolution.padding_mode = "replicate"
+    yield
+    for convolution in convolutions:
+        convolution.padding_mode = "zeros"
+
+
+def spectral_gain(gain: float):
+    @contextlib.contextmanager
+    def change(unet, size: int):
+        variant = Variant(unet)
+        weights = [layer.weight for layer in variant.modules(SpectralConv2d)]
+        plain = [weight.detach().clone() for weight in weights]
+
+        def set_gain(unet, args):
+            for weight, value in zip(weights, plain):
+                weight.data.copy_(value * (gain if variant.early else 1.0))
+
+        variant.watch(unet, set_gain)
+        yield
+        variant.remove()
+        for weight, value in zip(weights, plain):
+            weight.data.copy_(value)
+
+    return change
+
+
+def fixed_levels(first: int, only_early: bool = False):
+    @contextlib.contextmanager
+    def change(unet, size: int):
+        variant = Variant(unet)
+
+        def fix(block, args):
+            grid = math.ceil(size / 2**block.level)
+            if block.resample == "up":  # to the level above, whose size its skip connection has
+                return None
+            if block.level < first or (only_early and not variant.early):
+                return None
+            return (*args[:2], tuple(min(side, grid) for side in args[2])) if block.resample else None
+
+        for block in variant.modules(DFUBlock):
+            variant.watch(block, fix)
+        yield
+        variant.remove()
+
+    return change
+
+
+def both(first, second):
+    @contextlib.contextmanager
+    def change(unet, size: int):
+        with first(unet, size), second(unet, size):
+            yield
+
+    return change
+
+
+VARIANTS = {
+    "as it is": as_it_is,
+    "attention, log N": log_attention,
+    "edges repeated": repeated_edges,
+    "spectral x 1.1 early": spectral_gain(1.1),
+    "spectral x 0.9 early": spectral_gain(0.9),
+    "levels from 1 fixed": fixed_levels(1),
+    "levels from 2 fixed": fixed_levels(2),
+    "levels from 1 fixed, spectral x 1.1 early": both(fixed_levels(1), spectral_gain(1.1)),
+    "levels from 1 fixed early": fixed_levels(1, only_early=True),
+    "levels from 2 fixed early": fixed_levels(2, only_early=True),
+}
+
+
+class Changed(ModelSource):
+    """Images of a variant."""
+
+    def __init__(self, pipe, steps: int, name: str, size: int):
+        super().__init__(pipe, steps)
+        self.name, self.training_size = name, size
+
+    def key(self, size) -> dict:
+        return super().key(size) | {"variant": self.name}
+
+    def draw(self, indices, size):
+        with VARIANTS[self.name](self.pipe.unet, self.training_size):
+            return super().draw(indices, size)
+
+
+def rows_at(size: tuple[int, int], pipe, features: Features, accelerator: Accelerator, args) -> list[Row]:
+    training_size, folder = pipe.unet.config.sample_size, args.output_dir / "samples"
+
+    def collect(name: str, source, at, start: int = args.seed) -> Collection:
+        indices, place = range(start, start + args.num_images), folder / name / format_resolution(at)
+        collection = Collection(place, source, at, indices, features)
+        return collection.complete(accelerator, args.batch_size, f"{name} {format_resolution(at)}")
+
+    real, coarse_size = collect("real", Portraits(), size, 0), features.coarse_size(size)
+    coarse = coarse_size and collect("real", Portraits(), coarse_size, 0)
+    trained = collect("trained", ModelSource(pipe, args.num_inference_steps), features.training_size)
+    rows = []
+    for name in args.variants:
+        samples = collect(name, Changed(pipe, args.num_inference_steps, name, training_size), size)
+        row = Row(name, "model", Compared(samples, real, coarse, trained, args.seed))
+        row.figures = measure(row.compared, args.metrics) | {"seconds": samples.seconds_per_image}
+        rows.append(row)
+    return rows
+
+
+def main(argv=None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(CHECKPOINT), help="folder of a saved pipeline with a square `sample_size`")
+    add("--factors", type=float, nargs="+", default=[1.5, 2], help="of the training size")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--num_images", type=int, default=100)
+    add("--seed", type=int, default=0, help="of the first image")
+    add("--num_inference_steps", type=int, default=18)
+    add("--metrics", nargs="+", choices=METRICS, default=["coherence", "fd", "patch", "spectrum", "agreement"])
+    add("--extractor", default="portrait", help="portrait, inception, dinov2[:id] or clip[:id]")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the model")
+    add("--batch_size", type=int, default=10)
+    add("--output_dir", type=Path, default=Path("outputs/ablations"))
+    args = parser.parse_args(argv)
+
+    accelerator = Accelerator()
+    pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    side, device = pipe.unet.config.sample_size, accelerator.device
+    features = Features(load_extractor(args.extractor, device), (side, side), device)
+    features.check_count(args.num_images, args.metrics)
+    table = []
+    for factor in args.factors:
+        size = (round(factor * side),) * 2
+        rows = rows_at(size, pipe, features, accelerator, args)
+        sheet(rows, number=min(6, args.num_images)).save(args.output_dir / f"samples_{format_resolution(size)}.png")
+        table += [{"size": size[0], "factor": factor, "variant": row.model} | row.figures for row in rows]
+        names = {"seconds": "s per image"} | HEADINGS
+        columns = list(dict.fromkeys(name for row in table for name in row))
+        lines = ["| " + " | ".join(names.get(column, column) for column in columns) + " |"]
+        lines.append("|---" * len(columns) + "|")
+        for row in table:
+            cells = [row.get(column, "") for column in columns]
+            texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
+            lines.append("| " + " | ".join(texts) + " |")
+        write_atomically(args.output_dir / "results.md", "\n".join(lines) + "\n")
+        with open(args.output_dir / "results.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+    print("\n".join(lines))
+    return table
+
+
+if __name__ == "__main__":
+    main()
