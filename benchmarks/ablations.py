@@ -102,7 +102,7 @@ def repeated_edges(unet, size: int):
         convolution.padding_mode = "zeros"
 
 
-def spectral_gain(gain: float):
+def spectral_gain(gain: float, always: bool = False):
     @contextlib.contextmanager
     def change(unet, size: int):
         variant = Variant(unet)
@@ -111,7 +111,7 @@ def spectral_gain(gain: float):
 
         def set_gain(unet, args):
             for weight, value in zip(weights, plain):
-                weight.data.copy_(value * (gain if variant.early else 1.0))
+                weight.data.copy_(value * (gain if variant.early or always else 1.0))
 
         variant.watch(unet, set_gain)
         yield
@@ -157,6 +157,9 @@ VARIANTS = {
     "attention, log N": log_attention,
     "edges repeated": repeated_edges,
     "spectral x 1.1 early": spectral_gain(1.1),
+    "spectral x 1.25 early": spectral_gain(1.25),
+    "spectral x 1.5 early": spectral_gain(1.5),
+    "spectral x 1.25": spectral_gain(1.25, always=True),
     "spectral x 0.9 early": spectral_gain(0.9),
     "levels from 1 fixed": fixed_levels(1),
     "levels from 2 fixed": fixed_levels(2),
@@ -169,8 +172,8 @@ VARIANTS = {
 class Changed(ModelSource):
     """Images of a variant."""
 
-    def __init__(self, pipe, steps: int, name: str, size: int):
-        super().__init__(pipe, steps)
+    def __init__(self, pipe, steps: int, name: str, size: int, strategy: str):
+        super().__init__(pipe, steps, **({} if strategy == "direct" else {"strategy": strategy}))
         self.name, self.training_size = name, size
 
     def key(self, size) -> dict:
@@ -194,7 +197,10 @@ def rows_at(size: tuple[int, int], pipe, features: Features, accelerator: Accele
     trained = collect("trained", ModelSource(pipe, args.num_inference_steps), features.training_size)
     rows = []
     for name in args.variants:
-        samples = collect(name, Changed(pipe, args.num_inference_steps, name, training_size), size)
+        folder_name = name if args.strategy == "direct" else f"{args.strategy}, {name}"
+        samples = collect(
+            folder_name, Changed(pipe, args.num_inference_steps, name, training_size, args.strategy), size
+        )
         row = Row(name, "model", Compared(samples, real, coarse, trained, args.seed))
         row.figures = measure(row.compared, args.metrics) | {"seconds": samples.seconds_per_image}
         rows.append(row)
@@ -207,6 +213,7 @@ def main(argv=None) -> list[dict]:
     add("--model", default=str(CHECKPOINT), help="folder of a saved pipeline with a square `sample_size`")
     add("--factors", type=float, nargs="+", default=[1.5, 2], help="of the training size")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--strategy", choices=["direct", "guided", "cascade"], default="direct", help="of the pipeline")
     add("--num_images", type=int, default=100)
     add("--seed", type=int, default=0, help="of the first image")
     add("--num_inference_steps", type=int, default=18)

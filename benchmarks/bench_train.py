@@ -7,6 +7,11 @@ For each size: images per second of examples/train_dfu.py's own step (data, nois
 bare one (forward, backward, Adam, on the same images again and again), which take turns, and of the loader alone.
 Options unknown here go to train_dfu.py. Prints a Markdown table; --output writes the rows as CSV. Rates are medians,
 the ratio the median over pairs of steps.
+
+python benchmarks/bench_train.py --freed_memory ffhq-96:64:4 portraits:64:32 [--turns 3]
+
+On a CPU: the time of a step that gives freed memory back to the system over that of one that keeps it, as train_dfu.py
+does, for PRESET:SIZE:BATCH under bfloat16 autocast. Processes of both kinds take turns.
 """
 
 import argparse
@@ -14,6 +19,7 @@ import contextlib
 import csv
 import io
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +29,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.measure import ratio, report  # noqa: E402
 from examples import train_dfu  # noqa: E402
 
 
@@ -68,13 +75,53 @@ def loader_rate(run: train_dfu.Run) -> float:
     return count / (time.perf_counter() - started)
 
 
+STEP = """if True:
+    import sys, time, torch
+    from dfu_diffusers import DFUModel
+    from dfu_diffusers.training import keep_freed_memory
+    config, size, batch, keep = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "keep"
+    if keep:
+        assert keep_freed_memory()
+    model, images = DFUModel.from_config(DFUModel.load_config(config)).train(), torch.randn(batch, 3, size, size)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images, 0.0).sample.float().square().mean()
+        loss.backward()
+        model.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    print(min(seconds[2:]))  # by then the memory is there
+"""
+
+
+def freed_memory(case: str, turns: int) -> dict:
+    preset, size, batch = case.split(":")
+    config = train_dfu.CONFIGS / f"{preset}.json"
+    seconds = {"give back": [], "keep": []}
+    for _ in range(turns):
+        for how, values in seconds.items():
+            command = [sys.executable, "-c", STEP, str(config), size, batch, how]
+            values.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    medians = {f"{how}, s": statistics.median(values) for how, values in seconds.items()}
+    row = {"preset": preset, "size": int(size), "batch": int(batch)} | medians
+    return row | {"give back / keep": ratio(seconds["give back"], seconds["keep"])}
+
+
 def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 96])
     parser.add_argument("--batch_size", type=int, default=32, help="the default of train_dfu.py")
     parser.add_argument("--steps", type=int, default=12, help="pairs of steps; the first two do not count")
-    parser.add_argument("--output", help="CSV file")
+    parser.add_argument("--output", type=Path, help="CSV file")
+    parser.add_argument("--freed_memory", nargs="+", metavar="PRESET:SIZE:BATCH", help="measure only this")
+    parser.add_argument("--turns", type=int, default=3, help="with --freed_memory")
     args, options = parser.parse_known_args(argv)  # the others go to train_dfu.py
+    if args.freed_memory:
+        args.device = "cpu"
+        rows = [freed_memory(case, args.turns) for case in args.freed_memory]
+        report(rows, "Steps under bfloat16 autocast.", "python benchmarks/bench_train.py --freed_memory", args)
+        return rows
 
     rows = []
     print("| size | script, images/s | bare step, images/s | script / bare | loader, images/s | loader / bare |")

@@ -17,7 +17,7 @@ This file imports torch, diffusers and the standard library only, so that it can
 import importlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
@@ -821,7 +821,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # 5. output
         self.norm_out = _group_norm(current, norm_num_groups, norm_eps)
         self.conv_out = conv(current, out_channels, NEAR_ZERO)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self._checkpointed_levels = False, tuple(levels)
         self._set_periodic(self._periodic_axes(tileable))
 
     def forward(
@@ -900,6 +900,25 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             yield
         finally:
             self._set_periodic(before)
+
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func=None, levels: Iterable[int] | None = None
+    ) -> None:
+        """As in diffusers: blocks keep their inputs only, and run again in the backward pass.
+
+        Args:
+            gradient_checkpointing_func: in place of torch's.
+            levels: only the blocks of these levels, 0 being the full image, which holds most; None for all.
+
+        Raises:
+            ValueError: a level that the model does not have.
+        """
+        there = range(len(self.config.block_out_channels))
+        levels = tuple(there if levels is None else levels)
+        if not all(level in there for level in levels):
+            raise ValueError(f"This model has the levels 0 to {there[-1]}, but got levels={levels}.")
+        super().enable_gradient_checkpointing(gradient_checkpointing_func)
+        self._checkpointed_levels = levels
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -1090,7 +1109,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return periodic
 
     def _run(self, block: DFUBlock, *args) -> torch.Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        if self.gradient_checkpointing and block.level in self._checkpointed_levels and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 

@@ -181,6 +181,10 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
     training.add_argument("--tf32", **SWITCH, help="faster float32 matrix products on NVIDIA GPUs")
     training.add_argument("--gradient_checkpointing", **SWITCH, help="less memory, more time")
+    training.add_argument(
+        "--checkpointed_levels", type=natural, nargs="+", metavar="LEVEL",
+        help="--gradient_checkpointing of these levels only: 0, the full image, holds most",
+    )  # fmt: skip
     training.add_argument("--torch_compile", **SWITCH, help="compile the repeated blocks")
     training.add_argument("--seed", type=natural, default=0)
 
@@ -225,6 +229,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--random_crop and --cache_dir: the cache holds images cropped already, so give one of them")
     if args.init_from and args.model_config:
         parser.error("--init_from brings its own model: leave out --model_config")
+    if args.checkpointed_levels and not args.gradient_checkpointing:
+        parser.error("--checkpointed_levels says where: --gradient_checkpointing asks for it")
     if args.spectral_rank and not args.init_from:
         parser.error("--spectral_rank factorises the model of --init_from: for a new one it belongs in --model_config")
     if args.resolution_weights and len(args.resolution_weights) != len(args.resolutions):
@@ -486,7 +492,7 @@ class Run:
         if self.checkpoint:
             check_architecture(self.checkpoint, self.unet.config)
         if args.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(levels=args.checkpointed_levels)
         if args.torch_compile:
             self.unet.compile_repeated_blocks()
         if deepspeed := self.accelerator.state.deepspeed_plugin:  # whose engine clips and wants to know the batch

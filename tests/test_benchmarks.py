@@ -131,6 +131,13 @@ def test_the_benchmark_of_pipelines(tmp_path, capsys):
     assert Image.open(tmp_path / "pipeline.png").size == (2 * 128, 2 * 128)
 
 
+def test_freed_memory_is_measured(tmp_path):
+    options = ["--freed_memory", "tiny:8:2", "--turns", "1", "--output", str(tmp_path / "kept.csv")]
+    (row,) = bench_train.main(options)
+    assert row["preset"] == "tiny" and row["give back / keep"] == row["give back, s"] / row["keep, s"] > 0
+    assert (tmp_path / "kept.md").is_file()
+
+
 def test_precisions_are_compared(tmp_path, monkeypatch, capsys):
     def run(words, check):
         AcceleratorState._reset_state(reset_partial_state=True)

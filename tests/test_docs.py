@@ -38,7 +38,7 @@ TINY = [
 # Figures of the pages that a reader's machine can afford, and a test cannot.
 SMALLER = {
     "fine_tune.md": [("num_steps=200", "num_steps=2")],
-    "speed_and_memory.md": [
+    "performance.md": [
         ("[(32, 4), (64, 4), (128, 1)]", "[(8, 1)]"),
         ("[(32, 8), (64, 8)]", "[(8, 1)]"),
         ("step(full, 64, 32,", "step(full, 8, 1,"),
@@ -171,7 +171,7 @@ def test_figures_of_the_pages_stand_where_they_were_measured():
     told = re.findall(r"(0\.\d{3})\s+at\s+(\d+(?:x\d+)?)", sentence)
     assert len(told) == 7 and all(losses[size] == loss for loss, size in told)
     costs = re.findall(
-        r"^\| (\d+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "speed_and_memory.md").read_text(), re.M
+        r"^\| (\d+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "performance.md").read_text(), re.M
     )
     results = (ROOT / "benchmarks" / "results" / "dual_conv_cpu.csv").read_text().splitlines()[1:]
     rows = [line.split(",") for line in results]

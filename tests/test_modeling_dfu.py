@@ -531,6 +531,13 @@ def test_gradient_checkpointing(make_model):
     assert count == 2 * len(blocks)  # every block ran again on the way back
     for name, gradient in result.items():
         torch.testing.assert_close(gradient, expected[name])
+    model.enable_gradient_checkpointing(levels=[0])
+    result, count = gradients()
+    assert count == len(blocks) + sum(block.level == 0 for block in blocks)
+    for name, gradient in result.items():
+        torch.testing.assert_close(gradient, expected[name])
+    with pytest.raises(ValueError, match=r"levels 0 to 2, but got levels=\(0, 3\)"):
+        model.enable_gradient_checkpointing(levels=[0, 3])
     with torch.no_grad():
         calls.clear()
         model(x, 0.4)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState
 
-from dfu_diffusers import DFUPipeline
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.ema import reconstruct
 from dfu_diffusers.parameter_groups import parameter_groups
 from dfu_diffusers.portraits import PortraitDataset
@@ -381,6 +381,16 @@ def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(tmp_path):
     assert Image.open(tmp_path / "tuned" / "samples.png").size[1] == 5 * 130
 
 
+def test_fine_tuning_a_factorised_model(tmp_path):
+    config = dict(block_out_channels=(16, 16), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    DFUPipeline(DFUModel(**config), EDMHeunScheduler()).save_pretrained(tmp_path / "base")
+    options = ["--init_from", tmp_path / "base", "--spectral_rank", 0.6, "--output_dir", tmp_path / "small"]
+    run(*TINY[2:], *options, "--gradient_checkpointing", "--checkpointed_levels", 0)
+    small = DFUPipeline.from_pretrained(tmp_path / "small").unet
+    assert small.config.spectral_rank == 0.6 and small.num_parameters() < DFUModel(**config).num_parameters()
+    assert small.mid_blocks[0].conv1.spectral is None and small.conv_out.spectral.reduce.shape == (16, 10)
+
+
 def test_a_pipeline_to_fine_tune_brings_its_dropout_and_its_scalings(tmp_path):
     train(tmp_path / "base", *dropout_config(tmp_path), "--augment_probability", 0.1, "--sigma_data", 0.7)
     again = [*TINY[2:], "--init_from", tmp_path / "base", "--output_dir", tmp_path / "tuned"]
@@ -537,6 +547,8 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         (["--dataset_name", "a", "--train_data_dir", "b"], "give one of them"),
         (["--train_data_dir", "b", "--cache_dir", "c", "--random_crop"], "give one of them"),
         (["--init_from", "somewhere"], "leave out --model_config"),
+        (["--spectral_rank", "0.4"], "--spectral_rank factorises the model of --init_from"),
+        (["--checkpointed_levels", "0"], "--gradient_checkpointing asks for it"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["--conf", "options.yaml"], "unrecognized arguments: --conf"),
         (["--lr_scheduler", "piecewise_constant"], "invalid choice"),
