@@ -4,8 +4,9 @@
     python benchmarks/compare_strategies.py [--factors 1.5 2 3 4] [--num_images 256] [--dtype bfloat16]
 
 Rows, for each factor of the model's `sample_size`: `DFUPipeline` with strategy "direct", the same with noise levels
-shifted in proportion to the side, "guided", and "cascade" at each of --cascade_sigmas with each of --cascade_holds;
-the training-size samples enlarged by Lanczos; and other real portraits, the floor of every distance. Columns are
+shifted in proportion to the side, the same with `fixed_levels`, "guided", and "cascade" at each of --cascade_sigmas
+with each of --cascade_holds (--strategies chooses among these); the training-size samples enlarged by Lanczos; and
+other real portraits, the floor of every distance. Columns are
 explained in docs/evaluate.md. Beside them the network calls of one image, at the full size and at smaller ones, their
 pixels in full-size calls, and the seconds that one image took in batches of --batch_size.
 
@@ -37,6 +38,9 @@ FIGURES = ("coherence", "fd", "patch", "spectrum", "agreement")
 COSTS = {
     "calls": "calls", "small_calls": "smaller ones", "cost": "cost, in full-size calls", "seconds": "s per image",
 }  # fmt: skip
+
+
+STRATEGIES = ["direct, shifted", "direct, levels fixed", "guided", "cascade"]
 
 
 class CallCounter(DFUPipeline):
@@ -100,6 +104,7 @@ class Comparison:
         strategies = {
             "direct": {},
             "direct, shifted": {"noise_shift": 1.0},
+            "direct, levels fixed": {"fixed_levels": True},
             "guided": {"strategy": "guided"},
             **{
                 f"cascade, {sigma:g}, hold {hold:g}": dict(strategy="cascade", cascade_sigma=sigma, cascade_hold=hold)
@@ -108,6 +113,8 @@ class Comparison:
             },
         }
         for name, options in strategies.items():
+            if not name.startswith(tuple(args.strategies)) and name != "direct":
+                continue
             calls = count_calls(self.pipe, size, num_inference_steps=args.num_inference_steps, **options)
             add(name, self.source(**options), costs=calls)
         calls = count_calls(self.pipe, self.training_size, num_inference_steps=args.num_inference_steps)
@@ -134,6 +141,7 @@ def main(argv=None) -> list[Row]:
     add = parser.add_argument
     add("--model", default=str(CHECKPOINT), help="folder of a saved pipeline or its id on the Hub")
     add("--factors", type=float, nargs="+", default=[1.5, 2, 3, 4], help="of the training size")
+    add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="besides direct sampling")
     add("--cascade_sigmas", type=float, nargs="+", default=[0.25], help="noise levels of the cascade, a row each")
     add("--cascade_holds", type=float, nargs="+", default=[0.0, 0.25], help="shares that it holds, a row each")
     add("--num_images", type=int, default=256)

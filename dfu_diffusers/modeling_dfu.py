@@ -822,6 +822,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.norm_out = _group_norm(current, norm_num_groups, norm_eps)
         self.conv_out = conv(current, out_channels, NEAR_ZERO)
         self.gradient_checkpointing, self._checkpointed_levels = False, tuple(levels)
+        self._fixed_size = None
         self._set_periodic(self._periodic_axes(tileable))
 
     def forward(
@@ -859,7 +860,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         skips = [sample]
         for block in self.down_blocks:
             height, width = sample.shape[-2:]
-            size = ((height + 1) // 2, (width + 1) // 2) if block.resample else (height, width)
+            size = self._coarser(height, width, block.level) if block.resample else (height, width)
             sample = self._run(block, sample, embedding, size)
             skips.append(sample)
 
@@ -900,6 +901,34 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             yield
         finally:
             self._set_periodic(before)
+
+    @contextmanager
+    def use_fixed_levels(self, size: tuple[int, int] | None) -> Iterator[None]:
+        """A context in which only the finest level grows with the image: the others keep, at most, the grids that they
+        have for an image of `size` (height, width); None changes nothing.
+
+        Beyond the training sizes the 3x3 convolutions and the attention of these levels then go on seeing what they
+        were trained on, and cost no more (after the resolution-aware UNet of HiDiffusion, arXiv 2311.17528).
+
+        Raises:
+            ValueError: a size that is not two integers of at least 1.
+
+        >>> model = DFUModel(block_out_channels=(8, 8), layers_per_block=1, fourier_modes=(4, 2), attention_levels=())
+        >>> grids = []
+        >>> hook = model.mid_blocks[0].register_forward_pre_hook(lambda _, args: grids.append(args[0].shape[-2:]))
+        >>> with model.use_fixed_levels((16, 16)):
+        ...     for side in (12, 16, 31):
+        ...         _ = model(torch.randn(1, 3, side, 40), 0.1)
+        >>> [tuple(grid) for grid in grids]
+        [(6, 8), (8, 8), (8, 8)]
+        """
+        if size is not None and (len(size) != 2 or not all(_is_integer(side) and side >= 1 for side in size)):
+            raise ValueError(f"Levels are fixed for a size (height, width), two integers of at least 1, not {size!r}.")
+        before, self._fixed_size = self._fixed_size, size
+        try:
+            yield
+        finally:
+            self._fixed_size = before
 
     def enable_gradient_checkpointing(
         self, gradient_checkpointing_func=None, levels: Iterable[int] | None = None
@@ -1107,6 +1136,13 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"'periodic' along these axes."
             )
         return periodic
+
+    def _coarser(self, height: int, width: int, level: int) -> tuple[int, int]:
+        """The grid of a level below one of (height, width): half, rounded up, or what `use_fixed_levels` allows."""
+        sides = (height + 1) // 2, (width + 1) // 2
+        if self._fixed_size is None:
+            return sides
+        return tuple(min(side, -(-fixed // 2**level)) for side, fixed in zip(sides, self._fixed_size))
 
     def _run(self, block: DFUBlock, *args) -> torch.Tensor:
         if self.gradient_checkpointing and block.level in self._checkpointed_levels and torch.is_grad_enabled():

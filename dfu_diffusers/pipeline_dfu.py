@@ -165,6 +165,7 @@ class DFUPipeline(DiffusionPipeline):
         nested_noise: bool = True,
         noise_shift: float = 0.0,
         tileable: Literal["x", "y", "xy"] | None = None,
+        fixed_levels: bool = False,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -212,6 +213,9 @@ class DFUPipeline(DiffusionPipeline):
                 2301.11093), which suits models trained with this `--noise_shift`. Needs `EDMHeunScheduler`.
             tileable: axes along which the images tile the plane: "x" (left and right edges meet), "y" or "xy"; None
                 for what the model was trained for. Takes a `DFUModel`, see its `use_tileable`.
+            fixed_levels: beyond `sample_size` only the network's finest level grows with the image; the others keep
+                the grids of the image shrunk to fit into `sample_size`. Direct samples become more coherent, and large
+                ones cheaper. Takes a `DFUModel`, see its `use_fixed_levels`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -257,7 +261,8 @@ class DFUPipeline(DiffusionPipeline):
             set_timesteps = partial(self._set_timesteps, num_inference_steps, noise_shift=noise_shift)
             grow = partial(self._grow, set_timesteps, draw_noise, cascade_hold)
             timesteps, growth = self._cascade(small, (height, width), cascade_sigma, set_timesteps, grow)
-        with self._tileable(tileable):
+        fixed = self._small_size(height, width) if fixed_levels else None
+        with self._models("use_tileable", tileable), self._models("use_fixed_levels", fixed):
             latents = self._denoise(latents, timesteps, **run, project=project, growth=growth)
 
         # 4. Images
@@ -266,15 +271,16 @@ class DFUPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @contextlib.contextmanager
-    def _tileable(self, axes: str | None):
-        """Until it ends, the models make images that tile the plane along `axes`; None changes nothing."""
+    def _models(self, switch: str, value):
+        """Until it ends, the models are in their context `switch`, such as "use_tileable"; None changes nothing."""
         with contextlib.ExitStack() as stack:
             for model in (self.unet, self.guide):
-                if axes is None or model is None:
+                if value is None or model is None:
                     continue
-                if not hasattr(model, "use_tileable"):
-                    raise ValueError(f"`tileable` needs a DFUModel, but got a {type(model).__name__}: leave it out.")
-                stack.enter_context(model.use_tileable(axes))
+                if not hasattr(model, switch):
+                    name, kind = switch.removeprefix("use_"), type(model).__name__
+                    raise ValueError(f"`{name}` needs a DFUModel, but got a {kind}: leave it out.")
+                stack.enter_context(getattr(model, switch)(value))
             yield
 
     @property

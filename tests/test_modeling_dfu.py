@@ -481,6 +481,29 @@ def test_configs_without_boundaries_are_periodic_waves_and_edges_apart(make_mode
     assert torch.equal(model(x, 0.1).sample, expected)
 
 
+@pytest.mark.parametrize("size", [(24, 17), (7, 30), (33, 50)])
+def test_fixed_levels(make_model, size):
+    """Levels below the first have the grids of an image of 16x12 at most; up to that size nothing changes."""
+    model, x = make_model().eval(), draw(2, 3, *size)
+    grids = []
+    for block in [*model.down_blocks, *model.mid_blocks, *model.up_blocks]:
+        block.register_forward_hook(lambda block, _, y: grids.append((block, y.shape[-2:])))
+    with model.use_fixed_levels((16, 12)):
+        assert model(x, 0.1).sample.shape == x.shape
+        for block, grid in grids:
+            level = block.level - (block.resample == "up")  # a block on the way up ends on the level above its own
+            expected = size
+            for lower in range(1, level + 1):
+                limit = (-(-side // 2**lower) for side in (16, 12))
+                expected = tuple(min((side + 1) // 2, most) for side, most in zip(expected, limit))
+            assert tuple(grid) == expected
+        small = model(draw(2, 3, 16, 12), 0.1).sample
+    torch.testing.assert_close(model(draw(2, 3, 16, 12), 0.1).sample, small, rtol=0, atol=0)
+    for wrong in ((16,), (0, 4), (1.5, 2)):
+        with pytest.raises(ValueError, match="two integers of at least 1"), model.use_fixed_levels(wrong):
+            pass
+
+
 # --- DFUModel: factorised spectral weights ---
 
 

@@ -690,6 +690,22 @@ def test_tileable(make_pipe, strategy):
         pipe(tileable="x")
 
 
+@pytest.mark.parametrize("strategy", ["direct", "guided", "cascade"])
+def test_fixed_levels(make_pipe, strategy):
+    """The models' context, of the size in the picture's shape that fits into `sample_size`; none within it."""
+    pipe = make_pipe(sample_size=8)
+    options = dict(num_inference_steps=2, strategy=strategy)
+    plain, fixed = (sample(pipe, height=12, width=24, fixed_levels=on, **options) for on in (False, True))
+    with pipe.unet.use_fixed_levels((4, 8)):
+        assert torch.equal(sample(pipe, height=12, width=24, **options), fixed) and not torch.equal(fixed, plain)
+    within = (sample(pipe, height=8, width=5, fixed_levels=on, **options) for on in (False, True))
+    assert torch.equal(*within)
+    blocks = dict(down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[4])
+    pipe = DFUPipeline(UNet2DModel(16, **blocks, norm_num_groups=2), EDMHeunScheduler())
+    with pytest.raises(ValueError, match="`fixed_levels` needs a DFUModel, but got a UNet2DModel"):
+        pipe(fixed_levels=True)
+
+
 def test_a_scheduler_of_another_family_runs(make_pipe):
     assert sample(make_pipe(DDIMScheduler())).isfinite().all()
 
