@@ -21,6 +21,7 @@ import torch
 from diffusers import UNet2DModel
 
 from dfu_diffusers import DFUModel
+from dfu_diffusers.training import keep_freed_memory
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import (  # noqa: E402
@@ -93,6 +94,8 @@ def rows_of(case: str, models: dict, peaks: dict, args) -> list[dict]:
     size, batch = int(size), int(batch)
     if kind not in ("forward", "training"):
         raise SystemExit(f"--cases {case}: the kind must be forward or training")
+    if kind == "training" and args.device == "cpu":
+        keep_freed_memory()  # as train_dfu.py does
     shape = batch, 3, size, size
     runs = {}
     for dtype, built in models.items():

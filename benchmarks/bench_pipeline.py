@@ -3,11 +3,11 @@
 
     python benchmarks/bench_pipeline.py [--model checkpoints/dfu-portraits] [--sizes 32 64 128 256 512]
 
-Pipelines of all --dtypes draw the same seeds, in turns. Columns: seconds for an image in batches of --batch_size; how
-many times as fast as the first precision; nanoseconds for each pixel and network call, and the same beside the size
-of --reference_size; the PSNR of the pictures to those of the first precision; most memory held, without the weights.
-On a GPU also how often the sampler waits for the device: the final copy to the CPU aside it never should. Writes the
-pictures beside each other with --output.
+Pipelines in all --variants draw the same seeds, in turns: a precision, or one with `+fixed` for `fixed_levels`.
+Columns: seconds for an image in batches of --batch_size; how many times as fast as the first variant; nanoseconds for
+each pixel and network call, and the same beside the size of --reference_size; the PSNR of the pictures to those of the
+first variant; most memory held, without the weights. On a GPU also how often the sampler waits for the device: the
+final copy to the CPU aside it never should. Writes the pictures beside each other with --output.
 """
 
 import statistics
@@ -24,12 +24,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a sc
 from benchmarks.measure import ROOT, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
 
 
-def runner(pipe: DFUPipeline, size: int, args):
+def runner(pipe: DFUPipeline, size: int, fixed: bool, args):
     """Draws the images of seeds 0, 1, ...: (batch, 3, size, size) in [0, 1]."""
 
     def run():
         generators = [torch.Generator().manual_seed(seed) for seed in range(args.batch_size)]
-        options = dict(batch_size=args.batch_size, generator=generators, output_type="pt")
+        options = dict(batch_size=args.batch_size, generator=generators, output_type="pt", fixed_levels=fixed)
         return pipe(height=size, width=size, num_inference_steps=args.num_inference_steps, **options).images
 
     return run
@@ -50,17 +50,17 @@ def count_waits(run) -> int:
 
 
 def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    runs = {dtype: runner(pipe, size, args) for dtype, pipe in pipes.items()}
-    images = {dtype: run().float().cpu() for dtype, run in runs.items()}
+    runs = {variant: runner(pipe, size, "+fixed" in variant, args) for variant, pipe in pipes.items()}
+    images = {variant: run().float().cpu() for variant, run in runs.items()}
     times = race(runs, args.turns, args.device)
-    first = args.dtypes[0]
+    first = args.variants[0]
     calls = 2 * args.num_inference_steps - 1  # Heun's second order, and a last step of first order
     rows = []
-    for dtype, run in runs.items():
-        row = {"size": size, "dtype": dtype, "s per image": statistics.median(times[dtype]) / args.batch_size}
-        row[f"{first} / this"] = ratio(times[first], times[dtype])
+    for variant, run in runs.items():
+        row = {"size": size, "variant": variant, "s per image": statistics.median(times[variant]) / args.batch_size}
+        row[f"{first} / this"] = ratio(times[first], times[variant])
         row["ns per pixel and call"] = row["s per image"] * 1e9 / (calls * size * size)
-        row[f"PSNR to {first}, dB"] = psnr(images[dtype], images[first]) if dtype != first else None
+        row[f"PSNR to {first}, dB"] = psnr(images[variant], images[first]) if variant != first else None
         row["peak, MiB"] = peak_bytes(run, args.device) / 2**20
         if args.device.startswith("cuda"):
             row["waits"] = count_waits(run)
@@ -70,19 +70,19 @@ def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict],
 
 def add_cost(rows: list[dict], reference_size: int) -> None:
     """Cost of a pixel beside that at the reference size, in the same precision."""
-    costs = {(row["size"], row["dtype"]): row["ns per pixel and call"] for row in rows}
+    costs = {(row["size"], row["variant"]): row["ns per pixel and call"] for row in rows}
     for row in rows:
-        reference = costs.get((reference_size, row["dtype"]))
+        reference = costs.get((reference_size, row["variant"]))
         row[f"beside {reference_size} px"] = row["ns per pixel and call"] / reference if reference else None
 
 
 def sheet(images: dict[int, dict[str, torch.Tensor]], cell: int = 128) -> Image.Image:
-    """The first picture of each size (columns) in each precision (rows)."""
-    dtypes = list(next(iter(images.values())))
-    picture = Image.new("RGB", (cell * len(images), cell * len(dtypes)))
+    """The first picture of each size (columns) in each variant (rows)."""
+    variants = list(next(iter(images.values())))
+    picture = Image.new("RGB", (cell * len(images), cell * len(variants)))
     for column, at_size in enumerate(images.values()):
-        for line, dtype in enumerate(dtypes):
-            image = DFUPipeline.numpy_to_pil(at_size[dtype][:1].permute(0, 2, 3, 1).numpy())[0]
+        for line, variant in enumerate(variants):
+            image = DFUPipeline.numpy_to_pil(at_size[variant][:1].permute(0, 2, 3, 1).numpy())[0]
             picture.paste(image.resize((cell, cell), Image.Resampling.BOX), (column * cell, line * cell))
     return picture
 
@@ -92,18 +92,19 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     options.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     options.add_argument("--reference_size", type=int, default=128)
-    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options.add_argument("--variants", nargs="+", default=["float32", "bfloat16", "bfloat16+fixed"])
     options.add_argument("--batch_size", type=int, default=1)
     options.add_argument("--num_inference_steps", type=int, default=18)
     options.add_argument("--compile", action="store_true", help="torch.compile of repeated blocks")
     args = parse(options, argv)
     pipes = {}
-    for dtype in args.dtypes:
-        pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, dtype)).to(args.device)
+    for variant in args.variants:
+        dtype = getattr(torch, variant.removesuffix("+fixed"))
+        pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
         pipe.set_progress_bar_config(disable=True)
         if args.compile:
             pipe.unet.compile_repeated_blocks()
-        pipes[dtype] = pipe
+        pipes[variant] = pipe
     rows, images = [], {}
     for size in args.sizes:
         at_size, images[size] = rows_of(size, pipes, args)

@@ -126,9 +126,10 @@ def test_the_benchmark_of_pipelines(tmp_path, capsys):
     DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--sizes", "8", "16", "--reference_size", "8", "--turns", "1"]
     rows = bench_pipeline.main([*options, "--num_inference_steps", "2", "--output", str(tmp_path / "pipeline")])
-    assert [(row["size"], row["dtype"]) for row in rows[1:3]] == [(8, "bfloat16"), (16, "float32")]
+    variants = ["float32", "bfloat16", "bfloat16+fixed"]
+    assert [(row["size"], row["variant"]) for row in rows] == [(size, name) for size in (8, 16) for name in variants]
     assert rows[0]["beside 8 px"] == 1 and rows[1]["PSNR to float32, dB"] > 30
-    assert Image.open(tmp_path / "pipeline.png").size == (2 * 128, 2 * 128)
+    assert Image.open(tmp_path / "pipeline.png").size == (2 * 128, 3 * 128)
 
 
 def test_freed_memory_is_measured(tmp_path):
