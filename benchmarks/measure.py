@@ -3,7 +3,7 @@
 
     python benchmarks/measure.py README.md docs/performance.md
 
-writes the tables of these pages anew: each stands behind a line `<!-- FILE.csv: COLUMN, COLUMN -->` and takes these
+writes the tables of these pages anew: each stands behind a line `<!-- FILE.csv: COLUMN; COLUMN -->` and takes these
 columns of a file in benchmarks/results. `COLUMN=TITLE` gives one another title, `COLUMN==VALUE` keeps only the rows
 with this value, without a column of their own.
 """
@@ -183,7 +183,7 @@ def report(rows: list[dict], title: str, command: str, args) -> None:
 def with_tables(page: str) -> str:
     """The text of a page with the tables that its comments ask for."""
     pattern = r"(<!-- ([\w.-]+\.csv): (.*?) -->\n\n?)(?:\|.*\n)*"
-    return re.sub(pattern, lambda match: match[1] + _table(match[2], match[3].split(", ")), page)
+    return re.sub(pattern, lambda match: match[1] + _table(match[2], match[3].split("; ")), page)
 
 
 def _table(file: str, columns: list[str]) -> str:

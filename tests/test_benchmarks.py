@@ -62,12 +62,12 @@ def test_tables_are_taken_from_results(tmp_path, monkeypatch):
     args = argparse.Namespace(device="cpu", output=tmp_path / "benchmarks" / "results" / "layer")
     measure.report(rows, "A title.", "python x.py", args)
     assert "A title. By `python x.py`; device" in args.output.with_suffix(".md").read_text()
-    page = "Before.\n\n<!-- layer.csv: size, ratio=times -->\n\n| old |\n|---|\n| 1 |\n\nAfter.\n"
+    page = "Before.\n\n<!-- layer.csv: size; ratio=times -->\n\n| old |\n|---|\n| 1 |\n\nAfter.\n"
     updated = measure.with_tables(page)
     assert "-->\n\n| size | times |\n|---|---|\n| 32 | 1.23 |\n| 64 | 1,234 |\n\nAfter.\n" in updated
     assert measure.with_tables(updated) == updated
-    only = measure.with_tables("<!-- layer.csv: dtype==bfloat16, size -->\n")
-    assert only == "<!-- layer.csv: dtype==bfloat16, size -->\n| size |\n|---|\n| 64 |\n"
+    only = measure.with_tables("<!-- layer.csv: dtype==bfloat16; size -->\n")
+    assert only == "<!-- layer.csv: dtype==bfloat16; size -->\n| size |\n|---|\n| 64 |\n"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
