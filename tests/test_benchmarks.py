@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import redraw
 from PIL import Image
 
 from benchmarks import (
+    ablations,
     bench_layer,
     bench_model,
     bench_pipeline,
@@ -21,6 +23,7 @@ from benchmarks import (
     heldout_loss,
     inpaint,
     measure,
+    one_seed,
     super_resolution,
 )
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
@@ -225,6 +228,39 @@ def test_strategies_are_compared(tmp_path, capsys):
     assert (tmp_path / "out" / "samples_40x40.png").is_file()
     assert [row["images"] for row in csv.DictReader(open(tmp_path / "out" / "results.csv"))] == names
     assert (tmp_path / "out" / "results.md").read_text() in capsys.readouterr().out
+
+
+def test_one_seed_is_compared_with_itself(tmp_path, capsys):
+    unet = DFUModel(
+        sample_size=8, block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=()
+    )
+    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--sizes", "6", "8", "16", "--count", "3"]
+    rows = one_seed.main([*options, "--num_inference_steps", "3", "--output", str(tmp_path / "seeds")])
+    assert [row["size"] for row in rows] == [8, 16] and rows[0]["guided"] == rows[0]["direct"]
+    assert rows[0]["direct"] > rows[0]["plain noise"] + 3 and rows[1]["direct"] > rows[1]["another seed"] + 3
+    assert Image.open(tmp_path / "seeds_direct_levels_fixed.png").size == (3 * 128, 3 * 128)
+
+
+def test_the_ablations(tmp_path, capsys):
+    unet = DFUModel(
+        sample_size=16, block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=(1,)
+    )
+    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    before = DFUPipeline.from_pretrained(tmp_path / "model").unet
+    options = ["--model", str(tmp_path / "model"), "--factors", "1.5", "--num_images", "3", "--dtype", "float32"]
+    options += ["--num_inference_steps", "2", "--metrics", "spectrum", "--output_dir", str(tmp_path / "out")]
+    rows = ablations.main(options)
+    assert [row["variant"] for row in rows] == list(ablations.VARIANTS) and {row["size"] for row in rows} == {24}
+    assert (tmp_path / "out" / "samples_24x24.png").is_file()
+    assert "levels from 1 fixed" in (tmp_path / "out" / "results.md").read_text()
+    unet, x = DFUPipeline.from_pretrained(tmp_path / "model").unet, torch.randn(1, 3, 24, 24)
+    redraw(unet), redraw(before)
+    for name, variant in ablations.VARIANTS.items():  # each changes the output, and none for good
+        with variant(unet, 16):
+            changed = not torch.equal(unet(x, 0.5).sample, before(x, 0.5).sample)
+        assert changed == (name not in ("as it is", "levels from 2 fixed", "levels from 2 fixed early")), name
+        assert torch.equal(unet(x, 0.5).sample, before(x, 0.5).sample), name
 
 
 def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
