@@ -13,8 +13,7 @@ that of the fastest turn: on a shared machine the others tell more about the nei
 """
 
 import argparse
-import csv
-import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +25,9 @@ from torch.utils.data import DataLoader
 
 from dfu_diffusers.data import ImageDataset, build_cache, load_table
 from dfu_diffusers.portraits import PortraitDataset
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
+from benchmarks.measure import report  # noqa: E402
 
 
 def write_photos(folder: Path, count: int, size: int) -> None:
@@ -79,43 +81,11 @@ def main(argv=None) -> list[dict]:
                     speed = images_per_second(dataset, size, args.batch_size, args.seconds)
                     best[name] = max(best[name], speed)
             rows.append({"size": size, **best, "cached_over_files": best["cached"] / best["files"]})
-    report(rows, building, args)
+    args.device = "cpu"
+    title = f"{args.images} JPEG files at {args.source_size} px, batches of {args.batch_size}, images a second."
+    title += f" The cache was built at {building:.0f} of them."
+    report(rows, title, "python benchmarks/bench_data.py", args)
     return rows
-
-
-def report(rows: list[dict], building: float, args) -> None:
-    threads = torch.get_num_threads()
-    print(
-        f"\n{args.images} JPEG files at {args.source_size} px, batches of {args.batch_size}, "
-        f"torch {torch.__version__}, {threads} thread(s), {cpu_name()}\n"
-        f"The cache was built at {building:.0f} images/s.\n"
-    )
-    print("| size | files, images/s | cached, images/s | cached / files |\n|---|---|---|---|")
-    for row in rows:
-        print("| {size} | {files:.0f} | {cached:.0f} | {cached_over_files:.1f} |".format(**row))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        run = {"images": args.images, "source_size": args.source_size, "batch_size": args.batch_size}
-        run |= {
-            "building": building,
-            "torch": torch.__version__,
-            "device": "cpu",
-            "threads": threads,
-            "cpu": cpu_name(),
-        }
-        with open(args.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *run])
-            writer.writeheader()
-            writer.writerows({**row, **run} for row in rows)
-
-
-def cpu_name() -> str:
-    """What Linux calls the processor, or Python's word for it elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ does, for PRESET:SIZE:BATCH under bfloat16 autocast. Processes of both kinds tak
 
 import argparse
 import contextlib
-import csv
 import io
 import statistics
 import subprocess
@@ -124,30 +123,19 @@ def main(argv=None) -> list[dict]:
         return rows
 
     rows = []
-    print("| size | script, images/s | bare step, images/s | script / bare | loader, images/s | loader / bare |")
-    print("|---|---|---|---|---|---|")
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             run = prepare(size, args.batch_size, args.steps, folder, options)
             pairs = step_seconds(run, size)
             loader = loader_rate(prepare(size, args.batch_size, args.steps, folder, options))
         bare, script = (args.batch_size / statistics.median(column) for column in zip(*pairs))
-        ratio = statistics.median(bare / script for bare, script in pairs)
-        row = {"script": script, "bare": bare, "script_over_bare": ratio, "loader": loader}
-        row |= {"loader_over_bare": loader / bare}
-        print(
-            f"| {size} | {row['script']:.1f} | {row['bare']:.1f} | {row['script_over_bare']:.3f} | "
-            f"{row['loader']:.0f} | {row['loader_over_bare']:.0f} |",
-            flush=True,
-        )
-        about = {"size": size, "batch_size": args.batch_size, "options": " ".join(options)}
-        device = {"device": train_dfu.device_name(run.accelerator.device), "torch": torch.__version__}
-        rows.append(about | row | device | {"commit": train_dfu.git_commit()})
-    if args.output:
-        with open(args.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        row = {"size": size, "batch_size": args.batch_size, "script": script, "bare": bare}
+        row["script_over_bare"] = statistics.median(bare / script for bare, script in pairs)
+        rows.append(row | {"loader": loader, "loader_over_bare": loader / bare})
+        print(f"{size} px done", flush=True)
+    args.device = run.accelerator.device.type
+    command = " ".join(["python benchmarks/bench_train.py", *options])
+    report(rows, "Images a second.", command, args)
     return rows
 
 

@@ -11,10 +11,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sampling import relative_error
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.measure import LiveMemory
 from dfu_diffusers import DFUPipeline, modeling_dfu
 from dfu_diffusers.metrics import wrap_seam
 from dfu_diffusers.modeling_dfu import (
@@ -576,24 +574,6 @@ def test_dropout_acts_in_training_only(make_model):
 
 
 # --- DFUModel: memory ---
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that operators made and that are alive, and remembers the most."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self.live = 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.live[StorageWeakRef(storage)] = storage.nbytes()
-        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
 
 
 def test_memory_of_a_forward_without_gradients():
