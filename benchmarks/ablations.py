@@ -160,10 +160,12 @@ VARIANTS = {
     "spectral x 1.25 early": spectral_gain(1.25),
     "spectral x 1.5 early": spectral_gain(1.5),
     "spectral x 1.25": spectral_gain(1.25, always=True),
+    "spectral x 1.5": spectral_gain(1.5, always=True),
     "spectral x 0.9 early": spectral_gain(0.9),
     "levels from 1 fixed": fixed_levels(1),
     "levels from 2 fixed": fixed_levels(2),
     "levels from 1 fixed, spectral x 1.1 early": both(fixed_levels(1), spectral_gain(1.1)),
+    "levels from 1 fixed, spectral x 1.25": both(fixed_levels(1), spectral_gain(1.25, always=True)),
     "levels from 1 fixed early": fixed_levels(1, only_early=True),
     "levels from 2 fixed early": fixed_levels(2, only_early=True),
 }
