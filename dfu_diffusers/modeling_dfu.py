@@ -170,6 +170,7 @@ class SpectralConv2d(nn.Module):
         weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R; with
             `rank` that of S, (2r * c, p, 2q).
         reduce, expand: U and V, real, of a layer with `rank`; otherwise None.
+        gain: factor on the result, 1 unless `DFUModel.use_spectral_gain` sets another.
 
     Raises:
         ValueError: modes that are not one or two positive integers, channels below 1, an unknown boundary, a rank
@@ -195,7 +196,7 @@ class SpectralConv2d(nn.Module):
         if min(in_channels, out_channels) < 1:
             raise ValueError(f"Channels must be positive, but got {in_channels} and {out_channels}.")
         self.in_channels, self.out_channels, self.modes = in_channels, out_channels, _parse_modes(modes)
-        self.boundary, self.rank = _parse_boundary(boundary), rank
+        self.boundary, self.rank, self.gain = _parse_boundary(boundary), rank, 1.0
         r, c = self.modes
         p, q = (self.reduced(channels, rank) for channels in (in_channels, out_channels))
         self.weight = nn.Parameter(torch.empty(2 * r * c, p, 2 * q))
@@ -264,6 +265,8 @@ class SpectralConv2d(nn.Module):
         x = x.view(batch, 2, rows, columns, self.in_channels).permute(2, 3, 1, 0, 4)
         x = x.reshape(rows * columns, 2 * batch, self.in_channels)
         x = self._mix(x, first, rows, columns)  # (modes, 2b, 2 out)
+        if self.gain != 1:
+            x = x * self.gain
         # 3. Onto the output grid: along H', then along W'.
         x = x.view(rows, columns, 2, batch, 2, self.out_channels).permute(3, 2, 4, 0, 1, 5)
         x = x.reshape(batch, 4 * rows, columns * self.out_channels)
@@ -929,6 +932,29 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             yield
         finally:
             self._fixed_size = before
+
+    @contextmanager
+    def use_spectral_gain(self, gain: float) -> Iterator[None]:
+        """A context in which the results of all Fourier layers are multiplied by `gain`.
+
+        The larger the image, the less noise of a given level is in a Fourier mode, for it averages over more pixels,
+        whereas each pixel has as much as in training: next to the 3x3 convolutions Fourier layers grow faint. A gain
+        somewhat above 1 makes up for that.
+
+        Raises:
+            ValueError: a gain that is not a positive number.
+        """
+        if not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
+            raise ValueError(f"A spectral gain must be a positive number, but got {gain!r}.")
+        layers = [module for module in self.modules() if isinstance(module, SpectralConv2d)]
+        before = [layer.gain for layer in layers]
+        for layer in layers:
+            layer.gain = gain
+        try:
+            yield
+        finally:
+            for layer, value in zip(layers, before):
+                layer.gain = value
 
     def enable_gradient_checkpointing(
         self, gradient_checkpointing_func=None, levels: Iterable[int] | None = None

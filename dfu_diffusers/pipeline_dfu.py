@@ -166,6 +166,7 @@ class DFUPipeline(DiffusionPipeline):
         noise_shift: float = 0.0,
         tileable: Literal["x", "y", "xy"] | None = None,
         fixed_levels: bool = False,
+        spectral_gain: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -216,6 +217,9 @@ class DFUPipeline(DiffusionPipeline):
             fixed_levels: beyond `sample_size` only the network's finest level grows with the image; the others keep
                 the grids of the image shrunk to fit into `sample_size`. Direct samples become more coherent, and large
                 ones cheaper. Takes a `DFUModel`, see its `use_fixed_levels`.
+            spectral_gain: beyond `sample_size` the results of Fourier layers are multiplied by (side / `sample_size`)^
+                spectral_gain, the side as for `noise_shift`. Direct samples become more coherent, for "direct" only.
+                Takes a `DFUModel`, see its `use_spectral_gain`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -240,7 +244,7 @@ class DFUPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             nested=nested_noise,
         )
-        self._check_strategy(strategy, cascade_sigma, cascade_hold, noise_shift)
+        self._check_strategy(strategy, cascade_sigma, cascade_hold, noise_shift, spectral_gain)
         draw_noise = run["draw_noise"]
 
         # 2. Noise, in float32 throughout: at sigma 80 half precision would swallow the image
@@ -261,8 +265,15 @@ class DFUPipeline(DiffusionPipeline):
             set_timesteps = partial(self._set_timesteps, num_inference_steps, noise_shift=noise_shift)
             grow = partial(self._grow, set_timesteps, draw_noise, cascade_hold)
             timesteps, growth = self._cascade(small, (height, width), cascade_sigma, set_timesteps, grow)
-        fixed = self._small_size(height, width) if fixed_levels else None
-        with self._models("use_tileable", tileable), self._models("use_fixed_levels", fixed):
+        switches = {
+            "use_tileable": tileable,
+            "use_fixed_levels": self._small_size(height, width) if fixed_levels else None,
+            "use_spectral_gain": None,
+        }
+        if spectral_gain:
+            factor = self._relative_side((height, width), "spectral_gain")
+            switches["use_spectral_gain"] = max(1.0, factor) ** spectral_gain
+        with self._models(switches):
             latents = self._denoise(latents, timesteps, **run, project=project, growth=growth)
 
         # 4. Images
@@ -271,16 +282,17 @@ class DFUPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @contextlib.contextmanager
-    def _models(self, switch: str, value):
-        """Until it ends, the models are in their context `switch`, such as "use_tileable"; None changes nothing."""
+    def _models(self, switches: dict):
+        """Until it ends, the models are in these contexts of theirs, by name; a value of None changes nothing."""
         with contextlib.ExitStack() as stack:
-            for model in (self.unet, self.guide):
-                if value is None or model is None:
-                    continue
-                if not hasattr(model, switch):
-                    name, kind = switch.removeprefix("use_"), type(model).__name__
-                    raise ValueError(f"`{name}` needs a DFUModel, but got a {kind}: leave it out.")
-                stack.enter_context(getattr(model, switch)(value))
+            for model in filter(None, (self.unet, self.guide)):
+                for switch, value in switches.items():
+                    if value is None:
+                        continue
+                    if not hasattr(model, switch):
+                        name, kind = switch.removeprefix("use_"), type(model).__name__
+                        raise ValueError(f"`{name}` needs a DFUModel, but got a {kind}: leave it out.")
+                    stack.enter_context(getattr(model, switch)(value))
             yield
 
     @property
@@ -445,11 +457,14 @@ class DFUPipeline(DiffusionPipeline):
         """The schedule for images of `shape` (..., height, width)."""
         scale = {}
         if noise_shift:
-            limits = self._sample_size("noise_shift")
-            scale["noise_scale"] = math.sqrt(math.prod(shape[-2:]) / math.prod(limits)) ** noise_shift
+            scale["noise_scale"] = self._relative_side(shape[-2:], "noise_shift") ** noise_shift
         self.scheduler.set_timesteps(steps, device=self._execution_device, **scale)
         if hasattr(self.scheduler, "set_begin_index"):  # spares a search for the first timestep, a wait for the device
             self.scheduler.set_begin_index(0)
+
+    def _relative_side(self, size: tuple[int, int], argument: str) -> float:
+        """Of a square of as many pixels as `size`, over that of the model's `sample_size`, which `argument` needs."""
+        return math.sqrt(math.prod(size) / math.prod(self._sample_size(argument)))
 
     def _small_size(self, height: int, width: int) -> tuple[int, int]:
         """The size shrunk, in its own shape, to fit into the model's `sample_size`."""
@@ -548,7 +563,7 @@ class DFUPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, but got {unknown}."
             )
 
-    def _check_strategy(self, strategy, cascade_sigma, cascade_hold, noise_shift) -> None:
+    def _check_strategy(self, strategy, cascade_sigma, cascade_hold, noise_shift, spectral_gain) -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, but got {strategy!r}.")
         if strategy != "direct" and not hasattr(self.scheduler, "precondition_outputs"):
@@ -564,6 +579,12 @@ class DFUPipeline(DiffusionPipeline):
             raise ValueError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
         if not _is_number(noise_shift) or not math.isfinite(noise_shift):
             raise TypeError(f"`noise_shift` must be a finite number, 0 for no shift, but got {noise_shift!r}.")
+        if not _is_number(spectral_gain) or not math.isfinite(spectral_gain):
+            raise TypeError(f"`spectral_gain` must be a finite number, 0 for no gain, but got {spectral_gain!r}.")
+        if spectral_gain and strategy != "direct":
+            raise ValueError(
+                f"`spectral_gain` is for strategy='direct', but got {strategy!r}, which also samples at small sizes."
+            )
         if noise_shift and "noise_scale" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(
                 f"`noise_shift` {noise_shift} needs `EDMHeunScheduler`, but got {type(self.scheduler).__name__}: "

@@ -51,6 +51,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the first image")
     add("--class_label", type=int, help="for a class-conditional model")
     add("--strategy", choices=STRATEGIES, default="direct", help="beyond the training size: see docs/zero_shot.md")
+    add("--fixed_levels", action="store_true", help="only the finest level grows beyond the training size")
+    add("--spectral_gain", type=float, default=0.0, help="of direct samples beyond it: see docs/zero_shot.md")
     add("--tileable", choices=["x", "y", "xy"], help="axes along which opposite edges meet: see docs/tileable.md")
     add("--guidance_scale", type=float, default=1.0, help="for a model trained with --label_dropout, or with a guide")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
@@ -94,6 +96,8 @@ def main(argv=None) -> list[Path]:
                 class_labels=args.class_label,
                 strategy=args.strategy,
                 tileable=args.tileable,
+                fixed_levels=args.fixed_levels,
+                spectral_gain=args.spectral_gain,
                 guidance_scale=args.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 max_batch_size=args.max_batch_size,

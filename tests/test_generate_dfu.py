@@ -133,3 +133,14 @@ def test_strategy_guidance_and_tiling_reach_the_pipeline(generate, saved):
     for others in (given[:4] + given[6:], given[:8] + given[10:], given[:10]):  # one option less
         less = pixels(generate(*others, "--class_label", 1, model=saved[1])[0])
         assert abs(less - np.asarray(expected)).max() > 2
+
+
+@pytest.mark.parametrize("given", [["--fixed_levels"], ["--spectral_gain", 1]])
+def test_levels_and_gain_reach_the_pipeline(generate, saved, given):
+    pipe = DFUPipeline.from_pretrained(saved[1])
+    seed = torch.Generator().manual_seed(0)
+    options = dict(height=24, width=33, num_inference_steps=2, class_labels=1, generator=seed)
+    expected = np.asarray(pipe(**options, **{given[0][2:]: 1}).images[0])
+    common = ["--height", 24, "--width", 33, "--class_label", 1]
+    np.testing.assert_array_equal(pixels(generate(*common, *given, model=saved[1])[0]), expected)
+    assert abs(pixels(generate(*common, model=saved[1])[0]) - expected).max() > 2

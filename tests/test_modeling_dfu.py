@@ -502,6 +502,22 @@ def test_fixed_levels(make_model, size):
             pass
 
 
+def test_spectral_gain(make_model):
+    """As if all spectral weights were larger."""
+    model, x = make_model().eval(), draw(2, 3, 11, 8)
+    with model.use_spectral_gain(1.5):
+        result = model(x, 0.1).sample
+        with pytest.raises(ValueError, match="must be a positive number, but got 0"), model.use_spectral_gain(0):
+            pass
+    plain = model(x, 0.1).sample
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("spectral.weight"):
+                parameter.mul_(1.5)
+    torch.testing.assert_close(model(x, 0.1).sample, result)
+    assert not torch.allclose(plain, result)
+
+
 # --- DFUModel: factorised spectral weights ---
 
 

@@ -706,6 +706,22 @@ def test_fixed_levels(make_pipe, strategy):
         pipe(fixed_levels=True)
 
 
+def test_spectral_gain(make_pipe):
+    """Beyond `sample_size` a gain of (side / sample_size)^g in every model, nowhere within it."""
+    pipe = make_pipe(sample_size=8)
+    pipe.register_modules(guide=make_pipe(block_out_channels=(8, 8, 8)).unet)
+    options = dict(num_inference_steps=2, guidance_scale=2.0)
+    image = sample(pipe, height=8, width=18, spectral_gain=0.5, **options)
+    with pipe.unet.use_spectral_gain(1.5**0.5), pipe.guide.use_spectral_gain(1.5**0.5):
+        torch.testing.assert_close(sample(pipe, height=8, width=18, **options), image)
+    within = (sample(pipe, height=8, width=5, spectral_gain=g, **options) for g in (0.0, 0.5))
+    assert torch.equal(*within) and pipe.unet.conv_in.spectral.gain == 1
+    with pytest.raises(ValueError, match="`spectral_gain` is for strategy='direct', but got 'guided'"):
+        pipe(spectral_gain=0.5, strategy="guided")
+    with pytest.raises(TypeError, match="`spectral_gain` must be a finite number"):
+        pipe(spectral_gain=math.inf)
+
+
 def test_a_scheduler_of_another_family_runs(make_pipe):
     assert sample(make_pipe(DDIMScheduler())).isfinite().all()
 
