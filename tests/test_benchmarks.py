@@ -289,7 +289,7 @@ def tiny_budget(monkeypatch):
 def test_networks_of_the_experiment():
     for budget in experiment.BUDGETS.values():
         with torch.device("meta"):
-            kinds = ("dual", f"dual-{budget.largest}", "spatial", "spectral", "wide")
+            kinds = ("dual", f"dual-{budget.largest}", "spatial", "spectral", "compact", "wide")
             dual, single, *halves, wide = (
                 DFUModel(**experiment.model_config(kind, budget)).num_parameters() for kind in kinds
             )
