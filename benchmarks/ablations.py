@@ -179,7 +179,7 @@ class Changed(ModelSource):
         self.name, self.training_size = name, size
 
     def key(self, size) -> dict:
-        return super().key(size) | {"variant": self.name}
+        return super().key(size) | ({} if self.name == "as it is" else {"variant": self.name})
 
     def draw(self, indices, size):
         with VARIANTS[self.name](self.pipe.unet, self.training_size):
