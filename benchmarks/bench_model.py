@@ -41,13 +41,16 @@ CASES = ["forward:32:1", "forward:32:4", "forward:64:4", "forward:96:4", "forwar
 CASES += ["forward:512:1", "training:32:4", "training:64:4"]
 
 
-def build(config: dict, rank: float, others: bool) -> dict[str, torch.nn.Module]:
+def build(config: dict, args) -> dict[str, torch.nn.Module]:
     models = {"dual": DFUModel.from_config(config)}
-    if others:
+    if not args.alone:
         models["spatial"] = DFUModel.from_config(config, conv_type="spatial")
-        models["compact"] = DFUModel.from_config(config, spectral_rank=rank)
+        models["compact"] = DFUModel.from_config(config, spectral_rank=args.rank)
         models["UNet2DModel"] = unet2d(config)
-    return models
+    if args.compile:
+        models["compiled"] = DFUModel.from_config(config)
+        models["compiled"].compile_repeated_blocks()
+    return {name: model.to(args.device) for name, model in models.items()}
 
 
 def unet2d(config: dict) -> UNet2DModel:
@@ -141,22 +144,18 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options.add_argument("--rank", type=float, default=0.4, help="spectral_rank of `compact`")
     options.add_argument("--alone", action="store_true", help="only the dual model")
-    options.add_argument("--compile", action="store_true", help="torch.compile of repeated blocks, ours alone")
+    options.add_argument("--compile", action="store_true", help="one more contender: its repeated blocks compiled")
     options.add_argument("--profile", action="store_true")
     args = parse(options, argv)
     config = {**DFUModel.load_config(CONFIGS / f"{args.config}.json"), "num_augment_labels": 0, "dropout": 0.0}
     peaks = {dtype: gemm_peak(args.device, getattr(torch, dtype)) for dtype in args.dtypes}
-    models = {}
-    for dtype in args.dtypes:
-        models[dtype] = {name: m.to(args.device) for name, m in build(config, args.rank, not args.alone).items()}
-        for name in set(models[dtype]) & {"dual", "spatial", "compact"} if args.compile else ():
-            models[dtype][name].compile_repeated_blocks()
+    models = {dtype: build(config, args) for dtype in args.dtypes}
     rows = []
     for case in args.cases:
         rows += rows_of(case, models, peaks, args)
         print(f"{case} done", flush=True)
     numbers = ", ".join(f"{name} {m.num_parameters() / 1e6:.1f} M" for name, m in models[args.dtypes[0]].items())
-    title = f"Preset {args.config}{', compiled' if args.compile else ''}: {numbers} parameters; {args.turns} turns."
+    title = f"Preset {args.config}: {numbers} parameters; {args.turns} turns."
     report(rows, title, f"python benchmarks/bench_model.py --config {args.config}", args)
     return rows
 
