@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from dfu_diffusers.modeling_dfu import DualConv2d, SpectralConv2d
+from dfu_diffusers.training import keep_freed_memory
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import gemm_peak, milliseconds, operations, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
@@ -122,6 +123,8 @@ def row_of(case: str, dtype: str, layers: dict, modes: tuple[int, int], peak: fl
     size, batch = int(size), int(batch)
     if kind not in ("forward", "training"):
         raise SystemExit(f"--cases {case}: the kind must be forward or training")
+    if kind == "training" and args.device == "cpu":
+        keep_freed_memory()  # as train_dfu.py does
     shape = batch, args.channels, size, size
     runs = {name: runner(name, layers[name], kind, shape, getattr(torch, dtype), args.device) for name in layers}
     if size < 2 * modes[0] or size < 2 * modes[1]:
