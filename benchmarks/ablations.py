@@ -88,8 +88,10 @@ def log_attention(unet, size: int):
         hook.remove()
     for layer in layers:
         variant.watch(layer, scale, after=True)
-    yield
-    variant.remove()
+    try:
+        yield
+    finally:
+        variant.remove()
 
 
 @contextlib.contextmanager
@@ -97,9 +99,11 @@ def repeated_edges(unet, size: int):
     convolutions = [m for m in unet.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
     for convolution in convolutions:
         convolution.padding_mode = "replicate"
-    yield
-    for convolution in convolutions:
-        convolution.padding_mode = "zeros"
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            convolution.padding_mode = "zeros"
 
 
 def spectral_gain(gain: float, always: bool = False):
@@ -114,10 +118,12 @@ def spectral_gain(gain: float, always: bool = False):
                 weight.data.copy_(value * (gain if variant.early or always else 1.0))
 
         variant.watch(unet, set_gain)
-        yield
-        variant.remove()
-        for weight, value in zip(weights, plain):
-            weight.data.copy_(value)
+        try:
+            yield
+        finally:
+            variant.remove()
+            for weight, value in zip(weights, plain):
+                weight.data.copy_(value)
 
     return change
 
@@ -137,8 +143,10 @@ def fixed_levels(first: int, only_early: bool = False):
 
         for block in variant.modules(DFUBlock):
             variant.watch(block, fix)
-        yield
-        variant.remove()
+        try:
+            yield
+        finally:
+            variant.remove()
 
     return change
 
