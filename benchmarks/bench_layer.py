@@ -15,8 +15,9 @@ Contenders, in turns:
 Columns: their times; how many times as long the others take as ours; dual / convolution; operations a second of the
 dual convolution as a share of this machine's in a large matrix product; most memory that the dual convolution holds.
 
-In bfloat16 weights and images are bfloat16 in a forward pass, and training is in autocast; contenders that do not run
-so are left out.
+In bfloat16 ours and the convolution have weights and images of it in a forward pass, and autocast in training. The
+others keep float32 weights: forward passes in bfloat16 go without them, and in training they stay in float32.
+Training keeps freed memory as train_dfu.py does, so its cases belong at the end.
 """
 
 import importlib
@@ -152,12 +153,13 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--official_layer", default="training.networks:SpectralConv2d", metavar="MODULE:CLASS")
     args = parse(options, argv)
     modes = tuple(args.modes)
+    layers = {dtype: contenders(args, modes) for dtype in args.dtypes}
+    peaks = {dtype: gemm_peak(args.device, getattr(torch, dtype)) for dtype in args.dtypes}
     rows = []
-    for dtype in args.dtypes:
-        layers, peak = contenders(args, modes), gemm_peak(args.device, getattr(torch, dtype))
-        for case in args.cases:
-            rows.append(row_of(case, dtype, layers, modes, peak, args))
-            print(f"{case} {dtype} done", flush=True)
+    for case in args.cases:
+        for dtype in args.dtypes:
+            rows.append(row_of(case, dtype, layers[dtype], modes, peaks[dtype], args))
+        print(f"{case} done", flush=True)
     title = f"One layer of {args.channels} channels with modes {modes}; medians of {args.turns} turns."
     report(rows, title, "python benchmarks/bench_layer.py", args)
     return rows

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import ROOT, markdown, setting  # noqa: E402
 
@@ -28,6 +30,8 @@ def losses(folder: Path, precision: str, steps: int, options: list[str]) -> tupl
         subprocess.run([*command, *options], check=True)
     with open(folder / "loss.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    if len(rows) != steps:
+        raise SystemExit(f"{folder} holds a run of {len(rows)} steps: remove it, or take another --output_dir.")
     stamps = [float(row["seconds"]) for row in rows]
     return [float(row["loss"]) for row in rows], [b - a for a, b in zip(stamps, stamps[1:])]
 
@@ -69,7 +73,9 @@ def main(argv=None) -> list[dict]:
     (first, seconds), (second, others) = runs.values()
     rows = table(first, second)
     speed = statistics.median(seconds) / statistics.median(others)
-    where = ", ".join(f"{name} {value}" for name, value in setting("cpu").items())
+    where = ", ".join(
+        f"{name} {value}" for name, value in setting("cuda" if torch.cuda.is_available() else "cpu").items()
+    )
     text = f"`python benchmarks/compare_precisions.py --steps {args.steps}`; {where}. A step (median) takes "
     text += f"{speed:.2f} times as long in float32, the runs one after the other.\n\n" + markdown(rows)
     (args.output_dir / "results.md").write_text(text, encoding="utf-8")

@@ -4,11 +4,11 @@
     python benchmarks/compare_strategies.py [--factors 1.5 2 3 4] [--num_images 256] [--dtype bfloat16]
 
 Rows, for each factor of the model's `sample_size`: `DFUPipeline` with strategy "direct", the same with noise levels
-shifted in proportion to the side, the same with `fixed_levels`, "guided", and "cascade" at each of --cascade_sigmas
-with each of --cascade_holds (--strategies chooses among these); the training-size samples enlarged by Lanczos; and
-other real portraits, the floor of every distance. Columns are
-explained in docs/evaluate.md. Beside them the network calls of one image, at the full size and at smaller ones, their
-pixels in full-size calls, and the seconds that one image took in batches of --batch_size.
+shifted in proportion to the side, with `spectral_gain` 0.4, with `fixed_levels`, "guided", and "cascade" at each of
+--cascade_sigmas with each of --cascade_holds (--strategies chooses among these); the training-size samples enlarged by
+Lanczos; and other real portraits, the floor of every distance. Columns are explained in docs/evaluate.md. Beside them
+the network calls of one image, at the full size and at smaller ones, their pixels in full-size calls, and the seconds
+that one image took in batches of --batch_size.
 
 Finished batches are kept in --output_dir/samples: the same command goes on where it was stopped. Writes results.md,
 results.csv and, of the same seeds by each row, samples_SIZE.png.
@@ -40,7 +40,7 @@ COSTS = {
 }  # fmt: skip
 
 
-STRATEGIES = ["direct, shifted", "direct, levels fixed", "guided", "cascade"]
+STRATEGIES = ["direct, shifted", "direct, gain", "direct, levels fixed", "guided", "cascade"]
 
 
 class CallCounter(DFUPipeline):
@@ -104,6 +104,7 @@ class Comparison:
         strategies = {
             "direct": {},
             "direct, shifted": {"noise_shift": 1.0},
+            "direct, gain 0.4": {"spectral_gain": 0.4},
             "direct, levels fixed": {"fixed_levels": True},
             "guided": {"strategy": "guided"},
             **{

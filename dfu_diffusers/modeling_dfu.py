@@ -112,13 +112,13 @@ def _cached_fourier_matrices(*key):
 class _MixModes(torch.autograd.Function):
     """x (rows * columns, 2b, in) times weight[first : first + rows, :columns], in the dtype of x.
 
-    For large weights: autograd would keep the sliced or lowered copy of them for the backward pass, and there write
-    their gradient two to three times. Here both pass once, on a CPU in blocks of rows that stay in its cache.
+    For large weights on a CPU: autograd would keep the sliced or lowered copy of them for the backward pass, and there
+    write their gradient two to three times. Here both pass once, in blocks of rows that stay in the cache.
     """
 
     @staticmethod
     def forward(ctx, x, weight, first: int, rows: int, columns: int):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.band = first, rows, columns
         y = x.new_empty(*x.shape[:2], weight.shape[-1])
         for modes, block in _MixModes.blocks(weight, *ctx.band):
@@ -130,19 +130,24 @@ class _MixModes(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         first, rows, columns = ctx.band
-        dx, dw = torch.empty_like(x), torch.empty_like(weight)
-        for other in (dw[:first], dw[first + rows :], dw[first : first + rows, columns:]):
-            other.zero_()
+        wants_dx, wants_dw, *_ = ctx.needs_input_grad
+        dx = dy.new_empty(*dy.shape[:2], weight.shape[2]) if wants_dx else None
+        dw = torch.empty_like(weight) if wants_dw else None
+        if wants_dw:
+            for other in (dw[:first], dw[first + rows :], dw[first : first + rows, columns:]):
+                other.zero_()
         for modes, block in _MixModes.blocks(weight, *ctx.band):
-            transposed = weight[block, :columns].flatten(0, 1).to(x.dtype).transpose(1, 2)
-            torch.bmm(dy[modes], transposed, out=dx[modes])
-            dw[block, :columns] = torch.bmm(x[modes].transpose(1, 2), dy[modes]).unflatten(0, (-1, columns))
+            if wants_dx:
+                transposed = weight[block, :columns].flatten(0, 1).to(dy.dtype).transpose(1, 2)
+                torch.bmm(dy[modes], transposed, out=dx[modes])
+            if wants_dw:
+                dw[block, :columns] = torch.bmm(x[modes].transpose(1, 2), dy[modes]).unflatten(0, (-1, columns))
         return dx, dw, None, None, None
 
     @staticmethod
     def blocks(weight, first: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
         """Slices of the modes and of the weight's rows."""
-        step = max(1, LARGE_WEIGHT // weight[0].numel()) if weight.device.type == "cpu" else rows
+        step = max(1, LARGE_WEIGHT // weight[0].numel())
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             yield slice(start * columns, stop * columns), slice(first + start, first + stop)
@@ -294,7 +299,7 @@ class SpectralConv2d(nn.Module):
         if whole and self.weight.dtype == x.dtype:
             return torch.bmm(x, self.weight)
         weight = self.weight.unflatten(0, (2 * r, c))
-        if weight.numel() >= LARGE_WEIGHT and type(x) is torch.Tensor and not torch.compiler.is_compiling():
+        if weight.numel() >= LARGE_WEIGHT and _is_plain_on_cpu(x):
             return _MixModes.apply(x, weight, first, rows, columns)
         return torch.bmm(x, weight[first : first + rows, :columns].flatten(0, 1).to(x.dtype))
 
@@ -346,6 +351,14 @@ def _parse_rank(rank) -> float | None:
             f"A spectral rank is a share of the channels, between 0 and 1, or None for full weights, but got {rank!r}."
         )
     return rank
+
+
+def _is_plain_on_cpu(x: torch.Tensor) -> bool:
+    """Whether functions with a backward pass of our own will do: not for compilers, tracers and `torch.func`, which
+    look inside, nor for tensors of another class."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
+        return False
+    return x.device.type == "cpu" and torch._C._functorch.maybe_current_level() is None
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -560,8 +573,7 @@ class _GroupNormOnCPU(torch.autograd.Function):
 
 class _GroupNorm(nn.GroupNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        eager = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-        if not eager or x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
+        if not _is_plain_on_cpu(x) or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         arguments = x, self.weight, self.bias, self.num_groups, self.eps
         return _GroupNormOnCPU.apply(*arguments) if torch.is_grad_enabled() else _normalise(*arguments)[0]
@@ -925,7 +937,8 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         >>> [tuple(grid) for grid in grids]
         [(6, 8), (8, 8), (8, 8)]
         """
-        if size is not None and (len(size) != 2 or not all(_is_integer(side) and side >= 1 for side in size)):
+        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
+        if size is not None and not (is_pair and all(_is_integer(side) and side >= 1 for side in size)):
             raise ValueError(f"Levels are fixed for a size (height, width), two integers of at least 1, not {size!r}.")
         before, self._fixed_size = self._fixed_size, size
         try:
@@ -939,12 +952,12 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         The larger the image, the less noise of a given level is in a Fourier mode, for it averages over more pixels,
         whereas each pixel has as much as in training: next to the 3x3 convolutions Fourier layers grow faint. A gain
-        somewhat above 1 makes up for that.
+        somewhat above 1 makes up for that. With gradient checkpointing the backward pass belongs inside, too.
 
         Raises:
             ValueError: a gain that is not a positive number.
         """
-        if not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
             raise ValueError(f"A spectral gain must be a positive number, but got {gain!r}.")
         layers = [module for module in self.modules() if isinstance(module, SpectralConv2d)]
         before = [layer.gain for layer in layers]
@@ -966,11 +979,11 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             levels: only the blocks of these levels, 0 being the full image, which holds most; None for all.
 
         Raises:
-            ValueError: a level that the model does not have.
+            ValueError: no levels, or one that the model does not have.
         """
         there = range(len(self.config.block_out_channels))
-        levels = tuple(there if levels is None else levels)
-        if not all(level in there for level in levels):
+        levels = tuple(there if levels is None else [levels] if _is_integer(levels) else levels)
+        if not levels or not all(level in there for level in levels):
             raise ValueError(f"This model has the levels 0 to {there[-1]}, but got levels={levels}.")
         super().enable_gradient_checkpointing(gradient_checkpointing_func)
         self._checkpointed_levels = levels
@@ -1047,10 +1060,10 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def factorized(self, spectral_rank: float) -> "DFUModel":
         """A smaller model near this one, to be trained on: with its weights, those of the Fourier layers factorised by
-        `SpectralConv2d.factorized`.
+        `SpectralConv2d.factorized`. All its parameters train, and nothing is checkpointed.
 
         Raises:
-            ValueError: a rank outside (0, 1), or a model that is factorised already or has no spectral path.
+            ValueError: a rank outside (0, 1), or a model that is factorised already, has no spectral path, or adapters.
 
         >>> model = DFUModel(block_out_channels=(32, 32), fourier_modes=(5, None), attention_levels=())
         >>> [round(m.num_parameters() / 1e6, 2) for m in (model, model.factorized(0.4))]
@@ -1058,6 +1071,8 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         if not any(isinstance(module, SpectralConv2d) for module in self.modules()):
             raise ValueError("This model has no spectral weights that could be factorised.")
+        if getattr(self, "peft_config", None):
+            raise ValueError("This model has LoRA adapters: fuse them and unload them, or delete them, first.")
         with torch.device("meta"):
             model = self.from_config(self.config, spectral_rank=spectral_rank)
         state = dict(self.state_dict())

@@ -267,7 +267,7 @@ class DFUPipeline(DiffusionPipeline):
             timesteps, growth = self._cascade(small, (height, width), cascade_sigma, set_timesteps, grow)
         switches = {
             "use_tileable": tileable,
-            "use_fixed_levels": self._small_size(height, width) if fixed_levels else None,
+            "use_fixed_levels": self._small_size(height, width, "fixed_levels") if fixed_levels else None,
             "use_spectral_gain": None,
         }
         if spectral_gain:
@@ -285,9 +285,9 @@ class DFUPipeline(DiffusionPipeline):
     def _models(self, switches: dict):
         """Until it ends, the models are in these contexts of theirs, by name; a value of None changes nothing."""
         with contextlib.ExitStack() as stack:
-            for model in filter(None, (self.unet, self.guide)):
+            for model in (self.unet, self.guide):
                 for switch, value in switches.items():
-                    if value is None:
+                    if model is None or value is None:
                         continue
                     if not hasattr(model, switch):
                         name, kind = switch.removeprefix("use_"), type(model).__name__
@@ -401,11 +401,11 @@ class DFUPipeline(DiffusionPipeline):
 
     def _evaluate(self, sample, timestep, class_labels, max_batch_size: int, model=None) -> torch.Tensor:
         """The output of `model`, by default `unet`, for at most `max_batch_size` images at a time."""
-        outputs = []
+        outputs, model = [], self.unet if model is None else model
         for start in range(0, len(sample), max_batch_size):
             part = slice(start, start + max_batch_size)
             labels = None if class_labels is None else class_labels[part]
-            outputs.append((model or self.unet)(sample[part], timestep, labels, return_dict=False)[0])
+            outputs.append(model(sample[part], timestep, labels, return_dict=False)[0])
         return torch.cat(outputs)
 
     # --- Beyond the training size ---
@@ -466,9 +466,9 @@ class DFUPipeline(DiffusionPipeline):
         """Of a square of as many pixels as `size`, over that of the model's `sample_size`, which `argument` needs."""
         return math.sqrt(math.prod(size) / math.prod(self._sample_size(argument)))
 
-    def _small_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size shrunk, in its own shape, to fit into the model's `sample_size`."""
-        limits = self._sample_size("strategy")
+    def _small_size(self, height: int, width: int, argument: str = "strategy") -> tuple[int, int]:
+        """The size shrunk, in its own shape, to fit into the model's `sample_size`, which `argument` needs."""
+        limits = self._sample_size(argument)
         scale = min(1, limits[0] / height, limits[1] / width)
         return max(1, round(scale * height)), max(1, round(scale * width))
 
@@ -579,8 +579,10 @@ class DFUPipeline(DiffusionPipeline):
             raise ValueError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
         if not _is_number(noise_shift) or not math.isfinite(noise_shift):
             raise TypeError(f"`noise_shift` must be a finite number, 0 for no shift, but got {noise_shift!r}.")
-        if not _is_number(spectral_gain) or not math.isfinite(spectral_gain):
-            raise TypeError(f"`spectral_gain` must be a finite number, 0 for no gain, but got {spectral_gain!r}.")
+        if not _is_number(spectral_gain):
+            raise TypeError(f"`spectral_gain` must be a number, 0 for no gain, but got {spectral_gain!r}.")
+        if not -8 <= spectral_gain <= 8:
+            raise ValueError(f"`spectral_gain` must lie in [-8, 8], 0 for no gain, but got {spectral_gain!r}.")
         if spectral_gain and strategy != "direct":
             raise ValueError(
                 f"`spectral_gain` is for strategy='direct', but got {strategy!r}, which also samples at small sizes."

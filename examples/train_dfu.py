@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--model_config", help="DFUModel's config.json format (default: configs/portraits.json)")
     model.add_argument("--init_from", help="fine-tune this pipeline, a folder or a Hub id, in place of a new model")
     model.add_argument(
-        "--spectral_rank", type=number(float, 0, 1), metavar="SHARE",
+        "--spectral_rank", type=number(float, 0, 0.999, open_low=True), metavar="SHARE",
         help="factorise the spectral weights of --init_from's model (0.4: about a sixth of them); see DFUModel",
     )  # fmt: skip
     model.add_argument(

@@ -214,6 +214,7 @@ def test_strategies_are_compared(tmp_path, capsys):
     names = [
         "direct",
         "direct, shifted",
+        "direct, gain 0.4",
         "direct, levels fixed",
         "guided",
         "cascade, 1, hold 0.5",
@@ -222,9 +223,9 @@ def test_strategies_are_compared(tmp_path, capsys):
     ]
     assert [row.model for row in rows] == names and {row.size for row in rows} == {(40, 40)}
     costs = [[row.figures[name] for name in ("calls", "small_calls", "cost")] for row in rows[:-1]]
-    last = costs[4][0]
-    assert costs[:4] == [[7, 0, 7]] * 3 + [[7, 7, 7 * (1 + 0.16)]] and costs[5] == [0, 7, 7 * 0.16]
-    assert 1 <= last < 7 and costs[4][1] == 7 + last  # 16 px, then 25 px, then 40 px
+    last = costs[5][0]
+    assert costs[:5] == [[7, 0, 7]] * 4 + [[7, 7, 7 * (1 + 0.16)]] and costs[6] == [0, 7, 7 * 0.16]
+    assert 1 <= last < 7 and costs[5][1] == 7 + last  # 16 px, then 25 px, then 40 px
     assert (tmp_path / "out" / "samples_40x40.png").is_file()
     assert [row["images"] for row in csv.DictReader(open(tmp_path / "out" / "results.csv"))] == names
     assert (tmp_path / "out" / "results.md").read_text() in capsys.readouterr().out

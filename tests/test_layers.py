@@ -340,6 +340,18 @@ def test_large_weights_pass_in_blocks(size, lowered, monkeypatch):
         monkeypatch.setattr(modeling_dfu, "LARGE_WEIGHT", numbers)
         for ours, reference in zip(gradients(), expected):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+    layer.weight.requires_grad_(False)  # frozen: only the gradient of x is left to find
+    layer(x).square().sum().backward()
+    assert x.grad.abs().min() > 0 and layer.weight.grad is None
+
+
+def test_large_weights_under_torch_func(monkeypatch):
+    """Which cannot look into functions of our own."""
+    monkeypatch.setattr(modeling_dfu, "LARGE_WEIGHT", 1)
+    layer, x = spectral(3, 4, (5, 4)), draw(2, 3, 7, 5)
+    torch.testing.assert_close(torch.func.vmap(lambda x: layer(x[None])[0])(x), layer(x))
+    gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x)[0])
 
 
 # --- SpectralConv2d: factorised weights ---

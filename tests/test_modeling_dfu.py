@@ -497,7 +497,7 @@ def test_fixed_levels(make_model, size):
             assert tuple(grid) == expected
         small = model(draw(2, 3, 16, 12), 0.1).sample
     torch.testing.assert_close(model(draw(2, 3, 16, 12), 0.1).sample, small, rtol=0, atol=0)
-    for wrong in ((16,), (0, 4), (1.5, 2)):
+    for wrong in ((16,), (0, 4), (1.5, 2), 16):
         with pytest.raises(ValueError, match="two integers of at least 1"), model.use_fixed_levels(wrong):
             pass
 
@@ -573,8 +573,10 @@ def test_gradient_checkpointing(make_model):
     assert count == len(blocks) + sum(block.level == 0 for block in blocks)
     for name, gradient in result.items():
         torch.testing.assert_close(gradient, expected[name])
-    with pytest.raises(ValueError, match=r"levels 0 to 2, but got levels=\(0, 3\)"):
-        model.enable_gradient_checkpointing(levels=[0, 3])
+    for wrong in ([0, 3], [], 3):
+        with pytest.raises(ValueError, match=r"levels 0 to 2, but got levels=\("):
+            model.enable_gradient_checkpointing(levels=wrong)
+    model.enable_gradient_checkpointing(levels=0)
     with torch.no_grad():
         calls.clear()
         model(x, 0.4)

@@ -718,8 +718,19 @@ def test_spectral_gain(make_pipe):
     assert torch.equal(*within) and pipe.unet.conv_in.spectral.gain == 1
     with pytest.raises(ValueError, match="`spectral_gain` is for strategy='direct', but got 'guided'"):
         pipe(spectral_gain=0.5, strategy="guided")
-    with pytest.raises(TypeError, match="`spectral_gain` must be a finite number"):
-        pipe(spectral_gain=math.inf)
+    for wrong, error in ((math.inf, ValueError), (math.nan, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="`spectral_gain` must"):
+            pipe(spectral_gain=wrong)
+
+
+def test_a_compiled_model_is_a_model(make_pipe):
+    """torch.compile's wrapper has no truth value."""
+    pipe = make_pipe()
+    expected = sample(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    torch.testing.assert_close(sample(pipe), expected)
+    pipe.guide = torch.compile(make_pipe(block_out_channels=(8, 8, 8)).unet, backend="eager")
+    assert sample(pipe, guidance_scale=2.0).isfinite().all()
 
 
 def test_a_scheduler_of_another_family_runs(make_pipe):
