@@ -73,9 +73,8 @@ def main(argv=None) -> list[dict]:
     (first, seconds), (second, others) = runs.values()
     rows = table(first, second)
     speed = statistics.median(seconds) / statistics.median(others)
-    where = ", ".join(
-        f"{name} {value}" for name, value in setting("cuda" if torch.cuda.is_available() else "cpu").items()
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = ", ".join(f"{name} {value}" for name, value in setting(device).items())
     text = f"`python benchmarks/compare_precisions.py --steps {args.steps}`; {where}. A step (median) takes "
     text += f"{speed:.2f} times as long in float32, the runs one after the other.\n\n" + markdown(rows)
     (args.output_dir / "results.md").write_text(text, encoding="utf-8")

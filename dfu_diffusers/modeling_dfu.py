@@ -1063,7 +1063,7 @@ class DFUModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         `SpectralConv2d.factorized`. All its parameters train, and nothing is checkpointed.
 
         Raises:
-            ValueError: a rank outside (0, 1), or a model that is factorised already, has no spectral path, or adapters.
+            ValueError: a rank outside (0, 1), a model that is factorised already, has no spectral path, or adapters.
 
         >>> model = DFUModel(block_out_channels=(32, 32), fourier_modes=(5, None), attention_levels=())
         >>> [round(m.num_parameters() / 1e6, 2) for m in (model, model.factorized(0.4))]
