@@ -24,13 +24,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a sc
 from benchmarks.measure import ROOT, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
 
 
-def runner(pipe: DFUPipeline, size: int, fixed: bool, args):
+def runner(pipe: DFUPipeline, size: int, fixed: bool, steps: int, args):
     """Draws the images of seeds 0, 1, ...: (batch, 3, size, size) in [0, 1]."""
 
     def run():
         generators = [torch.Generator().manual_seed(seed) for seed in range(args.batch_size)]
         options = dict(batch_size=args.batch_size, generator=generators, output_type="pt", fixed_levels=fixed)
-        return pipe(height=size, width=size, num_inference_steps=args.num_inference_steps, **options).images
+        return pipe(height=size, width=size, num_inference_steps=steps, **options).images
 
     return run
 
@@ -50,7 +50,10 @@ def count_waits(run) -> int:
 
 
 def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    runs = {variant: runner(pipe, size, "+fixed" in variant, args) for variant, pipe in pipes.items()}
+    def runner_of(variant: str, steps: int):
+        return runner(pipes[variant], size, "+fixed" in variant, steps, args)
+
+    runs = {variant: runner_of(variant, args.num_inference_steps) for variant in pipes}
     images = {variant: run().float().cpu() for variant, run in runs.items()}
     times = race(runs, args.turns, args.device)
     first = args.variants[0]
@@ -61,7 +64,7 @@ def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict],
         row[f"{first} / this"] = ratio(times[first], times[variant])
         row["ns per pixel and call"] = row["s per image"] * 1e9 / (calls * size * size)
         row[f"PSNR to {first}, dB"] = psnr(images[variant], images[first]) if variant != first else None
-        row["peak, MiB"] = peak_bytes(run, args.device) / 2**20
+        row["peak, MiB"] = peak_bytes(runner_of(variant, 2), args.device) / 2**20  # as many steps as it takes to see
         if args.device.startswith("cuda"):
             row["waits"] = count_waits(run)
         rows.append(row)

@@ -281,7 +281,11 @@ class SpectralConv2d(nn.Module):
         if residual is None:
             x = torch.bmm(inverse_w, x)
         else:
-            residual = residual.permute(0, 2, 3, 1).reshape(batch * new_height, new_width, self.out_channels)
+            residual = (
+                residual.contiguous(memory_format=torch.channels_last)
+                .permute(0, 2, 3, 1)
+                .reshape(batch * new_height, new_width, self.out_channels)
+            )
             x = residual.baddbmm_(inverse_w, x)
         return x.view(batch, new_height, new_width, self.out_channels).permute(0, 3, 1, 2)
 
@@ -419,7 +423,10 @@ def resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if height == 2 * size[0] and width == 2 * size[1]:
         return F.avg_pool2d(x, 2)
     x = _area_resize(_area_resize(x, min(height, size[0]), 2), min(width, size[1]), 3)
-    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size, mode="nearest-exact")
+    if x.shape[-2:] != tuple(size):
+        x = F.interpolate(x, size, mode="nearest-exact")
+    # The averages of one image come out in another layout, in which the convolution behind them is many times slower.
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class DualConv2d(nn.Module):

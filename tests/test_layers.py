@@ -285,6 +285,14 @@ def test_residual_is_added(memory_format):
     torch.testing.assert_close(layer(x, (5, 11), residual=residual.clone()), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("old, new", [((33, 20), (17, 10)), ((32, 32), (8, 8)), ((9, 7), (18, 14)), ((8, 8), (4, 4))])
+def test_resampling_keeps_the_layout_that_convolutions_want(batch, old, new):
+    x = draw(batch, 3, *old).contiguous(memory_format=torch.channels_last)
+    assert resample(x, new).is_contiguous(memory_format=torch.channels_last)
+    assert DualConv2d(3, 4, 2)(x, new).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_dual_conv_is_the_sum_of_its_parts():
     layer, x = redraw(DualConv2d(3, 4, 2)), draw(2, 3, 9, 7)
     torch.testing.assert_close(layer(x), layer.spatial(x) + layer.spectral(x))
