@@ -7,7 +7,7 @@ Variants of a trained model, none of which needs other weights:
     as it is                what `DFUPipeline` does
     attention, log N        queries scaled by ln N / ln N_train for N pixels (arXiv 2306.08645)
     edges repeated          3x3 convolutions that repeat the edge in place of zeros beyond it
-    spectral x G early      weights of the Fourier layers times G while sigma is above 1 (after arXiv 2510.20766)
+    spectral x G early      results of the Fourier layers times G while sigma is above 1 (after arXiv 2510.20766)
     levels from L fixed     levels from L on work on the grid that they have at the training size, whatever the size
                             of the picture (after arXiv 2311.17528); "early": while sigma is above 1
 Distances are to real portraits, see docs/evaluate.md. Finished images are kept in --output_dir: the same command goes
@@ -16,7 +16,6 @@ on where it was stopped. Writes results.md, results.csv and a sheet for each siz
 
 import argparse
 import contextlib
-import csv
 import math
 import sys
 from pathlib import Path
@@ -28,11 +27,11 @@ from dfu_diffusers import DFUPipeline
 from dfu_diffusers.evaluation import METRICS, Collection, Compared, Features, ModelSource, Portraits, measure
 from dfu_diffusers.extractors import load_extractor
 from dfu_diffusers.modeling_dfu import DFUAttention, DFUBlock, SpectralConv2d
-from dfu_diffusers.reports import write_atomically
 from dfu_diffusers.resolutions import format_resolution
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the examples, when run as a script
-from examples.evaluate_dfu import HEADINGS, Row, sheet  # noqa: E402
+from benchmarks.measure import report  # noqa: E402
+from examples.evaluate_dfu import Row, sheet  # noqa: E402
 from examples.generate_dfu import CHECKPOINT  # noqa: E402
 
 EARLY = math.log(1.0) / 4  # c_noise of sigma 1
@@ -110,20 +109,17 @@ def spectral_gain(gain: float, always: bool = False):
     @contextlib.contextmanager
     def change(unet, size: int):
         variant = Variant(unet)
-        weights = [layer.weight for layer in variant.modules(SpectralConv2d)]
-        plain = [weight.detach().clone() for weight in weights]
 
         def set_gain(unet, args):
-            for weight, value in zip(weights, plain):
-                weight.data.copy_(value * (gain if variant.early or always else 1.0))
+            for layer in variant.modules(SpectralConv2d):
+                layer.gain = gain if variant.early or always else 1.0
 
         variant.watch(unet, set_gain)
-        try:
-            yield
-        finally:
-            variant.remove()
-            for weight, value in zip(weights, plain):
-                weight.data.copy_(value)
+        with unet.use_spectral_gain(gain):  # which puts the gains back
+            try:
+                yield
+            finally:
+                variant.remove()
 
     return change
 
@@ -246,20 +242,8 @@ def main(argv=None) -> list[dict]:
         rows = rows_at(size, pipe, features, accelerator, args)
         sheet(rows, number=min(6, args.num_images)).save(args.output_dir / f"samples_{format_resolution(size)}.png")
         table += [{"size": size[0], "factor": factor, "variant": row.model} | row.figures for row in rows]
-        names = {"seconds": "s per image"} | HEADINGS
-        columns = list(dict.fromkeys(name for row in table for name in row))
-        lines = ["| " + " | ".join(names.get(column, column) for column in columns) + " |"]
-        lines.append("|---" * len(columns) + "|")
-        for row in table:
-            cells = [row.get(column, "") for column in columns]
-            texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-            lines.append("| " + " | ".join(texts) + " |")
-        write_atomically(args.output_dir / "results.md", "\n".join(lines) + "\n")
-        with open(args.output_dir / "results.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
-    print("\n".join(lines))
+    args.device, args.output = device.type, args.output_dir / "results"
+    report(table, f"{args.num_images} images a row.", "python benchmarks/ablations.py", args)
     return table
 
 

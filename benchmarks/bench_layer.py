@@ -17,7 +17,6 @@ dual convolution as a share of this machine's in a large matrix product; most me
 
 In bfloat16 ours and the convolution have weights and images of it in a forward pass, and autocast in training. The
 others keep float32 weights: forward passes in bfloat16 go without them, and in training they stay in float32.
-Training keeps freed memory as train_dfu.py does, so its cases belong at the end.
 """
 
 import importlib
@@ -27,10 +26,20 @@ from pathlib import Path
 import torch
 
 from dfu_diffusers.modeling_dfu import DualConv2d, SpectralConv2d
-from dfu_diffusers.training import keep_freed_memory
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import gemm_peak, milliseconds, operations, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    gemm_peak,
+    milliseconds,
+    operations,
+    parse,
+    parse_case,
+    parser,
+    peak_bytes,
+    race,
+    ratio,
+    report,
+)
 
 OURS = ("spectral", "convolution", "dual")
 CASES = ["forward:32:1", "forward:33:4", "forward:64:1", "forward:64:16", "forward:160:4", "forward:256:1"]
@@ -120,12 +129,7 @@ def runs_at_all(run) -> bool:
 
 
 def row_of(case: str, dtype: str, layers: dict, modes: tuple[int, int], peak: float, args) -> dict:
-    kind, size, batch = case.split(":")
-    size, batch = int(size), int(batch)
-    if kind not in ("forward", "training"):
-        raise SystemExit(f"--cases {case}: the kind must be forward or training")
-    if kind == "training" and args.device == "cpu":
-        keep_freed_memory()  # as train_dfu.py does
+    kind, size, batch = parse_case(case, args.device)
     shape = batch, args.channels, size, size
     runs = {name: runner(name, layers[name], kind, shape, getattr(torch, dtype), args.device) for name in layers}
     if size < 2 * modes[0] or size < 2 * modes[1]:

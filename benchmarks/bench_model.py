@@ -21,7 +21,6 @@ import torch
 from diffusers import UNet2DModel
 
 from dfu_diffusers import DFUModel
-from dfu_diffusers.training import keep_freed_memory
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import (  # noqa: E402
@@ -30,6 +29,7 @@ from benchmarks.measure import (  # noqa: E402
     milliseconds,
     operations,
     parse,
+    parse_case,
     parser,
     peak_bytes,
     race,
@@ -93,12 +93,7 @@ def runner(model, kind: str, shape: tuple, dtype: torch.dtype, device: str):
 
 def rows_of(case: str, models: dict, peaks: dict, args) -> list[dict]:
     """A row for each dtype, all contenders of all of them in turns."""
-    kind, size, batch = case.split(":")
-    size, batch = int(size), int(batch)
-    if kind not in ("forward", "training"):
-        raise SystemExit(f"--cases {case}: the kind must be forward or training")
-    if kind == "training" and args.device == "cpu":
-        keep_freed_memory()  # as train_dfu.py does
+    kind, size, batch = parse_case(case, args.device)
     shape = batch, 3, size, size
     runs = {}
     for dtype, built in models.items():

@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dfu_diffusers.training import keep_freed_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "configs"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser(doc: str, turns: int) -> argparse.ArgumentParser:
@@ -46,6 +47,17 @@ def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
+
+
+def parse_case(case: str, device: str) -> tuple[str, int, int]:
+    """(kind, size, batch) of KIND:SIZE:BATCH, for --cases. From the first of training on the process keeps freed
+    memory on a CPU, as train_dfu.py does, so these belong at the end."""
+    kind, size, batch = case.split(":")
+    if kind not in ("forward", "training"):
+        raise SystemExit(f"--cases {case}: the kind must be forward or training")
+    if kind == "training" and device == "cpu":
+        keep_freed_memory()
+    return kind, int(size), int(batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

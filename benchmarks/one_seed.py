@@ -4,8 +4,8 @@
     python benchmarks/one_seed.py [--model checkpoints/dfu-portraits] [--sizes 32 48 64 96 128 256] [--count 8]
 
 Prints the mean PSNR between the picture of a seed at each size and that of the same seed at the smallest size: drawn
-directly, with fixed levels, guided and by the cascade; and, for comparison, directly from noise drawn pixel by pixel,
-and of another seed. --output writes the table and a sheet, a seed a row.
+directly, with a spectral gain, with fixed levels, guided and by the cascade; and, for comparison, directly from noise
+drawn pixel by pixel, and of another seed. --output writes the table and a sheet, a seed a row.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from benchmarks.measure import ROOT, report  # noqa: E402
 
 WAYS = {
     "direct": {},
+    "direct, gain 0.4": {"spectral_gain": 0.4},
     "direct, levels fixed": {"fixed_levels": True},
     "guided": {"strategy": "guided"},
     "cascade": {"strategy": "cascade"},

@@ -208,12 +208,8 @@ class SpectralConv2d(nn.Module):
         nn.init.normal_(self.weight, std=init_scale / math.sqrt(2 * p))
         self.reduce = self.expand = None
         if rank is not None:
-            self.reduce, self.expand = (
-                nn.Parameter(torch.empty(in_channels, p)),
-                nn.Parameter(torch.empty(q, out_channels)),
-            )
-            nn.init.normal_(self.reduce, std=1 / math.sqrt(in_channels))
-            nn.init.normal_(self.expand, std=1 / math.sqrt(q))
+            self.reduce = nn.Parameter(torch.randn(in_channels, p) / math.sqrt(in_channels))
+            self.expand = nn.Parameter(torch.randn(q, out_channels) / math.sqrt(q))
 
     @staticmethod
     def reduced(channels: int, rank: float | None) -> int:
@@ -281,12 +277,8 @@ class SpectralConv2d(nn.Module):
         if residual is None:
             x = torch.bmm(inverse_w, x)
         else:
-            residual = (
-                residual.contiguous(memory_format=torch.channels_last)
-                .permute(0, 2, 3, 1)
-                .reshape(batch * new_height, new_width, self.out_channels)
-            )
-            x = residual.baddbmm_(inverse_w, x)
+            residual = residual.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+            x = residual.reshape(batch * new_height, new_width, self.out_channels).baddbmm_(inverse_w, x)
         return x.view(batch, new_height, new_width, self.out_channels).permute(0, 3, 1, 2)
 
     def _mix(self, x: torch.Tensor, first: int, rows: int, columns: int) -> torch.Tensor:

@@ -33,8 +33,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that tensors on the CPU leave behind for those of the next step; with glibc,
     elsewhere nothing happens. Whether it was done.
 
-    By default large blocks go back to the system, whose fresh pages cost more than the arithmetic of a step with many
-    weights (docs/performance.md)."""
+    By default large blocks go back to the system, and it takes time to get fresh pages from it: in a step of a model
+    with many weights about a quarter more (docs/performance.md)."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # numbers of malloc.h
