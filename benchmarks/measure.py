@@ -183,7 +183,7 @@ def _cell(value) -> str:
 def report(rows: list[dict], title: str, command: str, args) -> None:
     """Print the table and, with --output, write it as CSV, with the setting in each row, and as Markdown."""
     where = setting(args.device)
-    command = shlex.join([*command.split(), *getattr(args, "words", [])])
+    command = shlex.join([*command.split(), *getattr(args, "words", sys.argv[1:])])
     text = f"{title} By `{command}`; " + ", ".join(f"{name} {value}" for name, value in where.items()) + ".\n\n"
     print(text + markdown(rows))
     if args.output:
