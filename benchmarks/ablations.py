@@ -30,7 +30,7 @@ from dfu_diffusers.modeling_dfu import DFUAttention, DFUBlock, SpectralConv2d
 from dfu_diffusers.resolutions import format_resolution
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the examples, when run as a script
-from benchmarks.measure import report  # noqa: E402
+from benchmarks.measure import parse, report  # noqa: E402
 from examples.evaluate_dfu import Row, sheet  # noqa: E402
 from examples.generate_dfu import CHECKPOINT  # noqa: E402
 
@@ -228,7 +228,7 @@ def main(argv=None) -> list[dict]:
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the model")
     add("--batch_size", type=int, default=10)
     add("--output_dir", type=Path, default=Path("outputs/ablations"))
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
 
     accelerator = Accelerator()
     pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(accelerator.device)

@@ -42,9 +42,10 @@ def parser(doc: str, turns: int) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
+    """The arguments, and as `words` what was said: a table names the command that made it."""
     args = parser.parse_args(argv)
     args.words = sys.argv[1:] if argv is None else list(argv)
-    if args.threads:
+    if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     return args
 
@@ -183,7 +184,7 @@ def _cell(value) -> str:
 def report(rows: list[dict], title: str, command: str, args) -> None:
     """Print the table and, with --output, write it as CSV, with the setting in each row, and as Markdown."""
     where = setting(args.device)
-    command = shlex.join([*command.split(), *getattr(args, "words", sys.argv[1:])])
+    command = shlex.join([*command.split(), *getattr(args, "words", [])])
     text = f"{title} By `{command}`; " + ", ".join(f"{name} {value}" for name, value in where.items()) + ".\n\n"
     print(text + markdown(rows))
     if args.output:

@@ -19,7 +19,7 @@ from dfu_diffusers import DFUPipeline
 from dfu_diffusers.metrics import agreement
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import ROOT, report  # noqa: E402
+from benchmarks.measure import ROOT, parse, report  # noqa: E402
 
 WAYS = {
     "direct": {},
@@ -53,7 +53,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write OUTPUT.md, OUTPUT.csv and a sheet for each way")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     limit = max(pipe._size(None, None))
