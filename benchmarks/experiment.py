@@ -12,6 +12,8 @@ Runs (name-seed), all on procedural portraits, with the same images, noise and n
     upsampled  `dual` fine-tuned with images    wide       `spatial` with as many parameters as `dual`
                enlarged to 5/3 of its largest   compact    `dual` with factorised spectral weights, spectral_rank 0.5
                size (section 4 of arXiv 2401.06144)
+    isotropic  `dual` with as many modes, but  mirror     `dual` with waves that are reflected at the edges, of the
+               as high down as across                     same frequencies (3.7 times the spectral parameters)
 Sampling at the largest training size and enlarging is a row beside each. --budget gpu trains to 64 px, tests to 256.
 """
 
@@ -77,6 +79,8 @@ def runs(budget: Budget) -> list[str]:
         "wide-0",
         "compact-0",
         "compact-1",
+        "isotropic-0",
+        "mirror-0",
     ]
     return headline + others
 
@@ -84,8 +88,15 @@ def runs(budget: Budget) -> list[str]:
 def model_config(kind: str, budget: Budget) -> dict:
     conv_type = {"spatial": "spatial", "wide": "spatial", "spectral": "spectral"}.get(kind, "dual")
     config = {**CONFIG, "sample_size": budget.largest, "conv_type": conv_type}
-    if kind == "compact":
-        config["spectral_rank"] = 0.5
+    changes = {
+        "compact": {"spectral_rank": 0.5},
+        "isotropic": {"fourier_modes": [[7, 4], [5, 4], [3, 2]]},  # cycles up to 3, 2 and 1 on both axes
+        "mirror": {
+            "spectral_boundary": "mirror",
+            "fourier_modes": [[2 * rows, 2 * columns - 1] for rows, columns in CONFIG["fourier_modes"]],
+        },
+    }
+    config |= changes.get(kind, {})
     return {**config, "block_out_channels": matching_channels(config)} if kind == "wide" else config
 
 
@@ -304,6 +315,10 @@ def claims(rows: list[dict], budget: Budget) -> str:
             (third, two_thirds, two),
         ),
         ("factorised spectral weights are no worse: fidelity", "fd", "compact", "dual", (one, third, two_thirds, two)),
+        ("isotropic modes are better: coherence", "coherence", "isotropic", "dual", (third, two_thirds, two)),
+        ("isotropic modes are better: fidelity", "fd", "isotropic", "dual", (one, third, two_thirds, two)),
+        ("reflected waves are better: coherence", "coherence", "mirror", "dual", (third, two_thirds, two)),
+        ("reflected waves are better: fidelity", "fd", "mirror", "dual", (one, third, two_thirds, two)),
         (
             "sampling directly beats enlarging: coherence",
             "coherence",

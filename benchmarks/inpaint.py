@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """Does a repainted part of a held-out portrait join the rest?
 
-    python benchmarks/inpaint.py [--model checkpoints/dfu-portraits] [--size 64] [--churn 0 20]
+    python benchmarks/inpaint.py [--model checkpoints/dfu-portraits] [--size 64] [--count 24] [--churn 0 20]
 
 Prints the mean jump between the two pixels on either side of the mask's edge, in 1/255, beside that of the true
-portrait, and writes a picture, OUTPUT.png: truth, what is known, a column for each setting of churn.
+portrait, and writes a picture of the first six, OUTPUT.png: truth, what is known, and a column for each row of the
+table: known pixels replaced, or `seamless`, each with each `s_churn`.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def main(argv=None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--churn", type=float, nargs="+", default=[0, 20], help="`s_churn` of EDMHeunScheduler")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "inpaint", help="without suffix")
@@ -53,18 +55,20 @@ def main(argv=None) -> dict[str, float]:
     pipe = DFUInpaintPipeline.from_pretrained(args.model)
     truth, holes = portraits(args.count, args.size), masks(args.count, args.size)
     columns, jumps = [truth, np.where(holes[..., None], 255, truth)], {"truth": edge_jump(truth, holes)}
-    for churn in args.churn:
+    for seamless, churn in itertools.product((False, True), args.churn):
         pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, s_churn=churn)
         images = pipe(
             [Image.fromarray(pixels) for pixels in truth],
             [Image.fromarray(hole) for hole in holes],
             num_inference_steps=args.steps,
             generator=[torch.Generator().manual_seed(i) for i in range(args.count)],
+            seamless=seamless,
         ).images
         columns.append(np.stack([np.asarray(image) for image in images]))
-        jumps[f"s_churn {churn:g}"] = edge_jump(columns[-1], holes)
+        name = f"{'seamless' if seamless else 'replaced'}, s_churn {churn:g}"
+        jumps[name] = edge_jump(columns[-1], holes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(columns, args.output.with_suffix(".png"))
+    sheet([column[:6] for column in columns], args.output.with_suffix(".png"))
     print("| | jump at the edge, 1/255 |\n|---|---|")
     print("\n".join(f"| {name} | {jump:.2f} |" for name, jump in jumps.items()))
     return jumps

@@ -45,11 +45,13 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         self.one = torch.nn.Parameter(torch.ones(()))
 
+    def denoise(self, x, sigma):
+        mean, variance = self.config.mean, self.config.std**2
+        return mean + variance / (variance + sigma**2) * (x - mean)
+
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        mean, variance, sigma_data = self.config.mean, self.config.std**2, 0.5
-        sigma = torch.exp(4 * timestep)
+        sigma_data, sigma = 0.5, torch.exp(4 * timestep)
         total = sigma**2 + sigma_data**2
         x = sample * total.sqrt()
-        denoised = mean + variance / (variance + sigma**2) * (x - mean)
-        output = (denoised - sigma_data**2 / total * x) / (sigma * sigma_data / total.sqrt()) * self.one
+        output = (self.denoise(x, sigma) - sigma_data**2 / total * x) / (sigma * sigma_data / total.sqrt()) * self.one
         return UNet2DOutput(sample=output) if return_dict else (output,)

@@ -271,8 +271,9 @@ def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
     DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--size", "16", "--count", "3", "--steps", "2", "--churn", "0", "5"]
     jumps = inpaint.main([*options, "--output", str(tmp_path / "sheet")])
-    assert list(jumps) == ["truth", "s_churn 0", "s_churn 5"] and (tmp_path / "sheet.png").is_file()
-    assert "| s_churn 5 |" in capsys.readouterr().out
+    ways = [f"{how}, s_churn {churn}" for how in ("replaced", "seamless") for churn in (0, 5)]
+    assert list(jumps) == ["truth", *ways] and (tmp_path / "sheet.png").is_file()
+    assert "| seamless, s_churn 5 |" in capsys.readouterr().out
 
 
 # --- The experiment ---

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sampling import GaussianDenoiser, seeded, silent
 
-from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, EDMHeunScheduler, pipeline_dfu_inpaint
+from dfu_diffusers.pipeline_dfu_inpaint import membrane
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +112,73 @@ def test_a_white_mask_is_generation_and_a_black_one_does_nothing(pipe):
 def test_an_exact_denoiser_fills_in_gaussian_pixels():
     pipe = silent(DFUInpaintPipeline(GaussianDenoiser(), EDMHeunScheduler()))
     image, mask, noise = picture(2, 2, 9, 11), random_mask(9, 11), torch.randn(2, 2, 9, 11, generator=seeded(2))
-    result = repaint(pipe, image, mask, num_inference_steps=60, latents=noise, output_type="latent")
+    options = dict(num_inference_steps=60, latents=noise, output_type="latent", seamless=False)
+    result = repaint(pipe, image, mask, **options)
     torch.testing.assert_close(result, torch.where(mask, 0.3 + 0.2 * noise, 2 * image - 1), atol=0.02, rtol=0)
+
+
+class DenoiserOfOneColour(GaussianDenoiser):
+    """Takes images for ones of a single colour each: their denoised image is flat, too."""
+
+    def denoise(self, x, sigma):
+        return super().denoise(x, sigma).mean((2, 3), keepdim=True).expand_as(x)
+
+
+def test_without_a_seam_a_hole_takes_the_colour_around_it():
+    pipe = silent(DFUInpaintPipeline(DenoiserOfOneColour(), EDMHeunScheduler()))
+    mask = torch.zeros(16, 21)
+    mask[3:12, 5:21] = 1
+    image = torch.tensor([0.9, 0.2])[:, None, None].expand(2, 16, 21)
+    result = repaint(pipe, image, mask, num_inference_steps=18)
+    torch.testing.assert_close(result, image[None], atol=1e-3, rtol=0)
+    with_a_seam = repaint(pipe, image, mask, num_inference_steps=18, seamless=False)
+    assert (with_a_seam - image).abs().max() > 0.005
+
+
+# --- The membrane ---
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 19), st.integers(1, 19), st.integers(0, 99), st.floats(0.05, 0.95))
+def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed, share):
+    x = torch.randn(2, 3, height, width, generator=seeded(seed))
+    hole = torch.rand(2, 1, height, width, generator=seeded(seed + 1)) < share
+    spanned = membrane(x, hole)
+    known = ~hole.expand_as(x)
+    assert torch.equal(spanned[known], x[known]) and spanned.isfinite().all()
+    for image, of, its_hole in zip(spanned, x, hole.expand_as(x)):
+        for channel, values in zip(image, of):
+            kept = values[~its_hole[0]]
+            low, high = (kept.min(), kept.max()) if kept.numel() else (torch.zeros(()), torch.zeros(()))
+            assert low - 1e-5 <= channel.min() and channel.max() <= high + 1e-5
+    other = torch.where(hole, torch.full_like(x, 7.0), x)
+    assert torch.equal(membrane(other, hole), spanned)  # what lies in the hole plays no part
+
+
+def solve_laplace(x, hole, periodic):
+    """The exact membrane over one channel (H, W), by a dense system in float64."""
+    (height, width), index = x.shape, torch.arange(x.numel()).reshape(x.shape)
+    matrix, right = torch.eye(x.numel(), dtype=torch.float64), torch.where(hole, 0, x).double().flatten()
+    for i, j in hole.nonzero().tolist():
+        for di, dj in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            row = (i + di) % height if periodic[0] else min(max(i + di, 0), height - 1)
+            column = (j + dj) % width if periodic[1] else min(max(j + dj, 0), width - 1)
+            matrix[index[i, j], index[row, column]] -= 0.25
+    return torch.linalg.solve(matrix, right).reshape(x.shape).float()
+
+
+@pytest.mark.parametrize("periodic", [(False, False), (True, False), (True, True)])
+def test_a_membrane_comes_near_the_solution_of_laplace(periodic, monkeypatch):
+    x = torch.cos(torch.arange(24)[:, None] / 5 + torch.arange(29) / 7)
+    hole = torch.zeros(24, 29, dtype=torch.bool)
+    hole[4:20, 9:29] = True
+    hole[0, :4] = True
+    expected = solve_laplace(x, hole, periodic)
+    for sweeps, bound in ((pipeline_dfu_inpaint.SWEEPS, 0.3), (600, 0.001)):
+        monkeypatch.setattr(pipeline_dfu_inpaint, "SWEEPS", sweeps)
+        spanned = membrane(x[None, None], hole[None, None], periodic)[0, 0]
+        assert (spanned - expected)[hole].square().mean().sqrt() < bound * expected[hole].std()
+    assert not torch.allclose(expected, solve_laplace(x, hole, (not periodic[0], periodic[1])), atol=0.05)
 
 
 # --- Masks ---
@@ -133,7 +199,7 @@ def test_a_mask_for_each_image(pipe):
     generators = [seeded(0), seeded(1)]
     both = repaint(pipe, image, masks, generator=generators)
     alone = [repaint(pipe, image[i], masks[i], generator=[seeded(i)]) for i in range(2)]
-    torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=0)
+    torch.testing.assert_close(both, torch.cat(alone), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
