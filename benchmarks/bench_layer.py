@@ -53,13 +53,13 @@ class RfftSpectralConv2d(torch.nn.Module):
         super().__init__()
         self.out_channels, (self.r, self.c) = out_channels, modes
         weight = torch.randn(2, in_channels, out_channels, self.r, self.c, dtype=torch.complex64)
-        self.weight = torch.nn.Parameter(weight / in_channels**0.5)
+        self.weight = torch.nn.Parameter(torch.view_as_real(weight / in_channels**0.5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modes = torch.fft.rfft2(x, norm="forward")
         out = modes.new_zeros(x.shape[0], self.out_channels, *modes.shape[-2:])
         top, bottom = (..., slice(self.r), slice(self.c)), (..., slice(-self.r, None), slice(self.c))
-        for rows, weight in zip((top, bottom), self.weight):
+        for rows, weight in zip((top, bottom), torch.view_as_complex(self.weight)):
             out[rows] = torch.einsum("bikl,iokl->bokl", modes[rows], weight)
         return torch.fft.irfft2(out, s=x.shape[-2:], norm="forward")
 

@@ -2,11 +2,15 @@
 """What does the network cost: beside its twin without spectral paths, its factorised twin, and diffusers' UNet2DModel?
 
     python benchmarks/bench_model.py [--config ffhq-96] [--cases forward:64:4 training:64:4] [--compile] [--profile]
+    python benchmarks/bench_model.py --device cuda --dtypes float32 tf32 bfloat16 --compile --rfft2 --profile \
+        --cases forward:64:64 forward:96:64 forward:256:8 training:64:32 training:96:32
 
 A case is KIND:SIZE:BATCH with KIND forward or training (forward and backward). Contenders, in turns, all built from
 one preset of examples/configs: the dual model, `spatial` (conv_type="spatial"), `compact` (spectral_rank=--rank) and
-diffusers' UNet2DModel with as many channels, blocks and attention levels. In bfloat16 a forward pass runs in bfloat16
-throughout, training in autocast; dual models of all --dtypes take turns with each other.
+diffusers' UNet2DModel with as many channels, blocks and attention levels; --compile adds the dual model with its
+blocks compiled, --rfft2 the dual model with textbook Fourier layers. In bfloat16 a forward pass runs in bfloat16
+throughout (FFTs in float32), training in autocast; tf32 is float32 whose products a GPU may round. Dual models of all
+--dtypes take turns with each other.
 
 Columns: times; how many times the dual model's time is the others'; operations a second as a share of this machine's
 in a large matrix product; nanoseconds for each pixel; most memory held, without the weights. --profile prints the
@@ -21,8 +25,10 @@ import torch
 from diffusers import UNet2DModel
 
 from dfu_diffusers import DFUModel
+from dfu_diffusers.modeling_dfu import DualConv2d
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
+from benchmarks.bench_layer import RfftSpectralConv2d  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
     CONFIGS,
     gemm_peak,
@@ -50,7 +56,39 @@ def build(config: dict, args) -> dict[str, torch.nn.Module]:
     if args.compile:
         models["compiled"] = DFUModel.from_config(config)
         models["compiled"].compile_repeated_blocks()
+    if args.rfft2:
+        models["rfft2"] = with_textbook_layers(DFUModel.from_config(config))
     return {name: model.to(args.device) for name, model in models.items()}
+
+
+class TextbookLayer(RfftSpectralConv2d):
+    """In a model: in its precision, from any grid to any other, which takes part in fewer modes if it is small."""
+
+    def forward(self, x, size=None, residual=None):
+        size = size or x.shape[-2:]
+        height, width = map(min, x.shape[-2:], size)
+        r, c = min(self.r, max(1, height // 2)), min(self.c, width // 2 + 1)
+        with torch.autocast(x.device.type, enabled=False):
+            modes = torch.fft.rfft2(x.float(), norm="forward")
+            out = modes.new_zeros(x.shape[0], self.out_channels, size[0], size[1] // 2 + 1)
+            for rows, weight in zip((slice(r), slice(-r, None)), torch.view_as_complex(self.weight.float())):
+                kept = weight[:, :, rows, :c]
+                out[:, :, rows, :c] = torch.einsum("bikl,iokl->bokl", modes[:, :, rows, :c], kept)
+            y = torch.fft.irfft2(out, s=tuple(size), norm="forward").to(x.dtype)
+        return y if residual is None else residual.add_(y)
+
+
+def with_textbook_layers(model: DFUModel) -> DFUModel:
+    for module in list(model.modules()):
+        if isinstance(module, DualConv2d) and module.spectral is not None:
+            layer = module.spectral
+            module.spectral = TextbookLayer(layer.in_channels, layer.out_channels, layer.modes)
+    return model
+
+
+def data_type(name: str) -> torch.dtype:
+    """torch's type of a name in --dtypes."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 def unet2d(config: dict) -> UNet2DModel:
@@ -70,25 +108,32 @@ def unet2d(config: dict) -> UNet2DModel:
     )
 
 
-def runner(model, kind: str, shape: tuple, dtype: torch.dtype, device: str):
+def runner(model, kind: str, shape: tuple, precision: str, device: str):
     """A call without arguments: the model's forward, or forward and backward."""
+    dtype = data_type(precision)
     x = torch.randn(shape, device=device, dtype=dtype if kind == "forward" else torch.float32)
     timestep = torch.full(shape[:1], 0.5, device=device)
     if kind == "forward":
 
         @torch.inference_mode()
         def run():
+            allow_tf32(precision == "tf32")
             model(x, timestep)
 
         return run
 
     def run():
+        allow_tf32(precision == "tf32")
         with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
             loss = model(x, timestep).sample.float().square().mean()
         loss.backward()
         model.zero_grad()
 
     return run
+
+
+def allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def rows_of(case: str, models: dict, peaks: dict, args) -> list[dict]:
@@ -98,9 +143,9 @@ def rows_of(case: str, models: dict, peaks: dict, args) -> list[dict]:
     runs = {}
     for dtype, built in models.items():
         for name, model in built.items():
-            model.to(getattr(torch, dtype) if kind == "forward" else torch.float32)
+            model.to(data_type(dtype) if kind == "forward" else torch.float32)
             model.train(kind == "training")
-            runs[dtype, name] = runner(model, kind, shape, getattr(torch, dtype), args.device)
+            runs[dtype, name] = runner(model, kind, shape, dtype, args.device)
     times = race(runs, args.turns, args.device)
     rows, first = [], next(iter(models))
     for dtype, built in models.items():
@@ -140,12 +185,16 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--rank", type=float, default=0.4, help="spectral_rank of `compact`")
     options.add_argument("--alone", action="store_true", help="only the dual model")
     options.add_argument("--compile", action="store_true", help="one more contender: its repeated blocks compiled")
+    options.add_argument("--rfft2", action="store_true", help="one more contender: textbook Fourier layers")
     options.add_argument("--profile", action="store_true")
     args = parse(options, argv)
     config = {**DFUModel.load_config(CONFIGS / f"{args.config}.json"), "num_augment_labels": 0, "dropout": 0.0}
     if args.compile:  # fail rather than measure what is not compiled
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-    peaks = {dtype: gemm_peak(args.device, getattr(torch, dtype)) for dtype in args.dtypes}
+    peaks = {}
+    for dtype in args.dtypes:
+        allow_tf32(dtype == "tf32")
+        peaks[dtype] = gemm_peak(args.device, data_type(dtype))
     models = {dtype: build(config, args) for dtype in args.dtypes}
     rows = []
     for case in args.cases:

@@ -3,7 +3,9 @@
 
     python benchmarks/bench_pipeline.py [--model checkpoints/dfu-portraits] [--sizes 32 64 128 256 512]
 
-Pipelines in all --variants draw the same seeds, in turns: a precision, or one with `+fixed` for `fixed_levels`.
+Pipelines in all --variants draw the same seeds, in turns: a precision, followed by any of `+fixed` for `fixed_levels`,
+`+compiled` for torch.compile of the network's blocks, and `+graphs` for one of the whole network that replays CUDA
+graphs on a GPU (mode "reduce-overhead").
 Columns: seconds for an image in batches of --batch_size; how many times as fast as the first variant; nanoseconds for
 each pixel and network call, and the same beside the size of --reference_size; the PSNR of the pictures to those of the
 first variant; most memory held, without the weights. On a GPU also how often the sampler waits for the device: the
@@ -22,6 +24,9 @@ from dfu_diffusers import DFUPipeline
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import ROOT, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+ADDITIONS = ("fixed", "compiled", "graphs")
 
 
 def runner(pipe: DFUPipeline, size: int, fixed: bool, steps: int, args):
@@ -98,15 +103,22 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--variants", nargs="+", default=["float32", "bfloat16", "bfloat16+fixed"])
     options.add_argument("--batch_size", type=int, default=1)
     options.add_argument("--num_inference_steps", type=int, default=18)
-    options.add_argument("--compile", action="store_true", help="torch.compile of repeated blocks")
     args = parse(options, argv)
+    for variant in args.variants:
+        dtype, *additions = variant.split("+")
+        if dtype not in PRECISIONS or not set(additions) <= set(ADDITIONS):
+            options.error(
+                f"--variants {variant}: one of {', '.join(PRECISIONS)}, then any of +{', +'.join(ADDITIONS)}"
+            )
     pipes = {}
     for variant in args.variants:
-        dtype = getattr(torch, variant.removesuffix("+fixed"))
-        pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
+        dtype, *additions = variant.split("+")
+        pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, dtype)).to(args.device)
         pipe.set_progress_bar_config(disable=True)
-        if args.compile:
+        if "compiled" in additions:
             pipe.unet.compile_repeated_blocks()
+        if "graphs" in additions:
+            pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead")
         pipes[variant] = pipe
     rows, images = [], {}
     for size in args.sizes:
@@ -114,8 +126,7 @@ def main(argv=None) -> list[dict]:
         rows += at_size
         print(f"{size} px done", flush=True)
     add_cost(rows, args.reference_size)
-    compiled = ", compiled" if args.compile else ""
-    title = f"{args.num_inference_steps} Heun steps, batches of {args.batch_size}{compiled}; {args.turns} turns."
+    title = f"{args.num_inference_steps} Heun steps, batches of {args.batch_size}; {args.turns} turns."
     report(rows, title, "python benchmarks/bench_pipeline.py", args)
     if args.output:
         sheet(images).save(args.output.with_suffix(".png"))

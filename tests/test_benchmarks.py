@@ -79,11 +79,16 @@ def test_tables_of_the_pages_are_those_measured(page):
     assert ".csv: " in text and measure.with_tables(text) == text, f"run `python benchmarks/measure.py {page}`"
 
 
-def test_the_rfft2_layer_is_the_same_function():
-    ours, theirs = SpectralConv2d(2, 3, (4, 3)), bench_layer.RfftSpectralConv2d(2, 3, (4, 3))
+def copy_weights(ours, theirs):
+    """From a SpectralConv2d(2, 3, (4, 3)) to a textbook layer."""
     real, imaginary = ours.weight.detach().view(8, 3, 2, 6).chunk(2, dim=-1)  # rows -4 .. 3
     weight = torch.complex(real, imaginary).permute(2, 3, 0, 1)  # (in, out, rows, columns)
-    theirs.weight.data = torch.stack([weight[:, :, 4:], weight[:, :, :4]])
+    theirs.weight.data = torch.view_as_real(torch.stack([weight[:, :, 4:], weight[:, :, :4]]))
+
+
+def test_the_rfft2_layer_is_the_same_function():
+    ours, theirs = SpectralConv2d(2, 3, (4, 3)), bench_layer.RfftSpectralConv2d(2, 3, (4, 3))
+    copy_weights(ours, theirs)
     x = torch.randn(2, 2, 12, 18)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
@@ -123,6 +128,19 @@ def test_the_benchmark_of_models(tmp_path, capsys):
     assert not any("spatial" in name for name in row)
 
 
+def test_a_model_with_textbook_layers_is_measured_in_all_precisions():
+    dtypes = ["float32", "tf32", "bfloat16"]
+    options = ["--config", "tiny", "--cases", "forward:9:1", "training:16:2", "--alone", "--rfft2", "--turns", "1"]
+    rows = bench_model.main([*options, "--dtypes", *dtypes])
+    assert [row["dtype"] for row in rows] == dtypes * 2 and all(row["dual / rfft2"] > 0 for row in rows)
+    ours, theirs = SpectralConv2d(2, 3, (4, 3)), bench_model.TextbookLayer(2, 3, (4, 3))
+    copy_weights(ours, theirs)
+    x = torch.randn(2, 2, 12, 18)
+    expected = ours(x)
+    assert torch.allclose(theirs(x, residual=torch.ones_like(expected)), expected + 1, atol=1e-5)
+    assert theirs(x.bfloat16(), (7, 5)).shape == (2, 3, 7, 5)
+
+
 def test_the_benchmark_of_pipelines(tmp_path, capsys):
     unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
     DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
@@ -132,6 +150,9 @@ def test_the_benchmark_of_pipelines(tmp_path, capsys):
     assert [(row["size"], row["variant"]) for row in rows] == [(size, name) for size in (8, 16) for name in variants]
     assert rows[0]["beside 8 px"] == 1 and rows[1]["PSNR to float32, dB"] > 30
     assert Image.open(tmp_path / "pipeline.png").size == (2 * 128, 3 * 128)
+    with pytest.raises(SystemExit):
+        bench_pipeline.main([*options, "--variants", "bfloat16+fast"])
+    assert "--variants bfloat16+fast: one of float32" in capsys.readouterr().err
 
 
 def test_freed_memory_is_measured(tmp_path):
