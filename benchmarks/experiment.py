@@ -5,6 +5,7 @@
     python benchmarks/experiment.py train dual-0 spatial-0     # only these, e.g. side by side on two cores
     python benchmarks/experiment.py evaluate                   # samples and metrics, by examples/evaluate_dfu.py
     python benchmarks/experiment.py report                     # tables, curves and pictures in benchmarks/results
+    python benchmarks/experiment.py picture DFU UNET           # only the picture, of two saved pipelines: samples.png
 
 Runs (name-seed), all on procedural portraits, with the same images, noise and number of images seen:
     dual       DFU, several resolutions         spatial    the same without spectral paths (the paper's UNet)
@@ -263,26 +264,34 @@ def plot(rows: list[dict], path: Path, largest: int) -> None:
     plt.close(figure)
 
 
-def picture(output: Path, budget: Budget, seeds: int = 3, cell: int = 128) -> Image.Image:
-    """The same seeds from 1x to 4x, in threes: sampled by `dual`, enlarged from 1x, and sampled by `spatial`."""
-    sizes = budget.sizes(far=False) + budget.sizes(far=True)
-    sheet = Image.new("RGB", (len(sizes) * cell, LABEL + seeds * (3 * cell + LABEL)), "white")
-    pipes = [DFUPipeline.from_pretrained(output / run, torch_dtype=torch.bfloat16) for run in ("dual-0", "spatial-0")]
-    smallest = samples(pipes[0], sizes[0], seeds)
-    for column, size in enumerate(sizes):
-        ImageDraw.Draw(sheet).text((column * cell + 2, 2), f"{size} px", fill="black")
-        dual, spatial = (samples(pipe, size, seeds) for pipe in pipes)
-        enlarged = [image.resize((size, size), Image.Resampling.BILINEAR) for image in smallest]
-        for seed, trio in enumerate(zip(dual, enlarged, spatial)):
-            for line, image in enumerate(trio):
-                top = LABEL + seed * (3 * cell + LABEL) + line * cell
-                sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (column * cell, top))
+def picture(dual: DFUPipeline, spatial: DFUPipeline, seeds: int = 3, cell: int = 128) -> Image.Image:
+    """The same seeds from 1x to 4x, a line each: sampled by `dual`, as it is and by the cascade; its sample at 1x
+    enlarged bilinearly; and sampled by `spatial`."""
+    side = dual.unet.config.sample_size
+    sizes = [round(factor * side) for factor in FACTORS]
+    lines = 4
+    sheet = Image.new("RGB", (len(sizes) * cell, LABEL + seeds * (lines * cell + LABEL)), "white")
+    smallest = samples(dual, side, seeds)
+    for column, (size, factor) in enumerate(zip(sizes, FACTORS.values())):
+        ImageDraw.Draw(sheet).text((column * cell + 2, 2), f"{size} px, {factor}", fill="black")
+        drawn = [samples(dual, size, seeds), samples(dual, size, seeds, strategy="cascade")]
+        drawn += [[image.resize((size, size), Image.Resampling.BILINEAR) for image in smallest]]
+        drawn += [samples(spatial, size, seeds)]
+        for seed, images in enumerate(zip(*drawn)):
+            for line, image in enumerate(images):
+                top = LABEL + seed * (lines * cell + LABEL) + line * cell
+                how = Image.Resampling.BOX if size > cell else Image.Resampling.NEAREST
+                sheet.paste(image.resize((cell, cell), how), (column * cell, top))
     return sheet
 
 
-def samples(pipe: DFUPipeline, size: int, seeds: int) -> list[Image.Image]:
+def samples(pipe: DFUPipeline, size: int, seeds: int, **options) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    return pipe(batch_size=seeds, height=size, width=size, generator=generators).images
+    return pipe(batch_size=seeds, height=size, width=size, generator=generators, **options).images
+
+
+def load(folder: Path) -> DFUPipeline:
+    return DFUPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
 
 
 def claims(rows: list[dict], budget: Budget) -> str:
@@ -359,7 +368,7 @@ def report(output: Path, budget: Budget, results: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, results / "experiment_curves.png", budget.largest)
-    picture(output, budget).save(results / "experiment_samples.png")
+    picture(load(output / "dual-0"), load(output / "spatial-0")).save(results / "experiment_samples.png")
     steps = facts["options"]["num_inference_steps"]
     setting = (
         "By `python benchmarks/experiment.py train`, `evaluate` and `report`: trained at "
@@ -375,14 +384,19 @@ def report(output: Path, budget: Budget, results: Path) -> None:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["train", "evaluate", "report"])
-    parser.add_argument("runs", nargs="*", help="names of runs (default: all)")
+    parser.add_argument("stage", choices=["train", "evaluate", "report", "picture"])
+    parser.add_argument("runs", nargs="*", help="names of runs (default: all), or two folders for `picture`")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="that share an evaluation")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/experiment"))
     parser.add_argument("--results_dir", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
+    if args.stage == "picture":
+        if len(args.runs) != 2:
+            parser.error(f"picture takes the folders of two pipelines, but got {' '.join(args.runs) or 'none'}")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        return picture(*map(load, args.runs), seeds=2).save(args.output_dir / "samples.png")
     unknown = set(args.runs) - set(runs(budget))
     if unknown:
         parser.error(f"no such run: {', '.join(sorted(unknown))}; there are {', '.join(runs(budget))}")

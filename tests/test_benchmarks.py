@@ -311,11 +311,12 @@ def tiny_budget(monkeypatch):
 def test_networks_of_the_experiment():
     for budget in experiment.BUDGETS.values():
         with torch.device("meta"):
-            kinds = ("dual", f"dual-{budget.largest}", "spatial", "spectral", "compact", "wide")
-            dual, single, *halves, wide = (
+            kinds = ("dual", f"dual-{budget.largest}", "spatial", "spectral", "compact", "wide", "isotropic", "mirror")
+            dual, single, *halves, wide, isotropic, mirror = (
                 DFUModel(**experiment.model_config(kind, budget)).num_parameters() for kind in kinds
             )
-        assert dual == single > max(halves) and abs(wide / dual - 1) < 0.01
+        assert dual == single > max(halves) and max(abs(each / dual - 1) for each in (wide, isotropic)) < 0.02
+        assert mirror > 2 * dual
         assert set(experiment.FAR_RUNS) <= set(experiment.runs(budget))
 
 
@@ -355,6 +356,10 @@ def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypat
     drawn = {(row["run"], row["size"]) for row in rows if row["method"] == "model"}
     assert len(drawn) == 4 * 4 + 2 * 2 and ("dual-8-0", "24") in drawn and ("spatial-0", "48") in drawn
     assert Image.open("results/experiment_samples.png").size[0] == 6 * 128
+    experiment.main(["picture", "out/dual-0", "out/spatial-0", *options])
+    assert Image.open("out/samples.png").size == (6 * 128, 16 + 2 * (4 * 128 + 16))
+    with pytest.raises(SystemExit):
+        experiment.main(["picture", "out/dual-0"])
 
 
 def test_verdicts_of_the_experiment():
