@@ -52,6 +52,7 @@ from dfu_diffusers.evaluation import (
     measure,
     update_card,
 )
+from dfu_diffusers.pipeline_dfu import STRATEGIES
 from dfu_diffusers.reports import write_atomically
 from dfu_diffusers.resolutions import Size, format_resolution
 
@@ -88,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=natural, default=0, help="of the first image")
     add("--num_inference_steps", type=count, default=18)
     add("--plain_noise", action="store_true", help="other noise at each size, in place of one whose low modes agree")
+    add("--strategy", choices=STRATEGIES, default="direct", help="beyond the training size: see docs/zero_shot.md")
+    add("--fixed_levels", action="store_true", help="only the finest level grows beyond the training size")
+    add("--spectral_gain", type=float, default=0.0, help="of direct samples beyond it: see docs/zero_shot.md")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models, in sampling")
     add("--batch_size", type=count, default=32, help="images at once in each process")
 
@@ -120,12 +124,20 @@ def parse_args(argv) -> argparse.Namespace:
             parser.error(f"--model: there is no folder {model}; name a saved pipeline, or its id on the Hub")
         if args.update_model_card and not (Path(model) / hub.CARD).is_file():
             parser.error(f"--update_model_card: there is no {Path(model) / hub.CARD}; name a local folder with a card")
+    if args.spectral_gain and args.strategy != "direct":
+        parser.error(f"--spectral_gain is for --strategy direct, not {args.strategy}")
     for size in (args.sizes or []) + [args.train_size] * bool(args.train_size):
         if min(size) < MIN_SIDE:
             parser.error(f"size {format_resolution(size)} is too small to measure: both sides must be >= {MIN_SIDE}")
     if args.num_images < MIN_IMAGES:
         parser.error(f"--num_images {args.num_images} is too few to compare sets: take at least {MIN_IMAGES}")
     return args
+
+
+def ways_to_sample(args) -> dict:
+    """Arguments of the pipeline that differ from its defaults."""
+    ways = {"strategy": args.strategy, "fixed_levels": args.fixed_levels, "spectral_gain": args.spectral_gain}
+    return {name: value for name, value in ways.items() if value not in ("direct", False, 0.0)}
 
 
 def labels(models: list[str]) -> list[str]:
@@ -235,7 +247,7 @@ class Evaluation:
         args, seed = self.args, self.args.seed
         pipe = DFUPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype)).to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        source = ModelSource(pipe, args.num_inference_steps, nested_noise=not args.plain_noise)
+        source = ModelSource(pipe, args.num_inference_steps, nested_noise=not args.plain_noise, **ways_to_sample(args))
         folder = args.output_dir / "samples" / label.replace("/", "--")
         beyond = [size for size in self.sizes if self._coarse(size)]
         needed = bool(beyond) or ("agreement" in args.metrics and self.sizes != [self.training_size])
@@ -277,8 +289,9 @@ class Evaluation:
     def _protocol(self) -> str:
         extractor = f"{self.features.extractor.name}, " if self.features else ""
         noise = ", plain noise" if self.args.plain_noise else ""
+        ways = "".join(f", {name} {value}" for name, value in ways_to_sample(self.args).items())
         dtype = "" if self.args.dtype == "float32" else f", {self.args.dtype}"
-        return f"{extractor}{self.args.num_images} images, {self.args.num_inference_steps} steps{noise}{dtype}"
+        return f"{extractor}{self.args.num_images} images, {self.args.num_inference_steps} steps{noise}{ways}{dtype}"
 
     def _facts(self, rows: list[Row]) -> dict:
         options = {name: _plain(value) for name, value in sorted(vars(self.args).items())}

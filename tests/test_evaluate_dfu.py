@@ -196,6 +196,15 @@ def test_noise_is_nested_unless_it_shall_be_plain(tmp_path, model):
     assert nested > plain
 
 
+def test_a_strategy_changes_what_lies_beyond_the_training_size(tmp_path, model):
+    options = ["--metrics", "spectrum", "--sizes", "16", "24", "--num_images", "4"]
+    evaluate(model, tmp_path / "direct", *options)
+    evaluate(model, tmp_path / "cascade", *options, "--strategy", "cascade", "--fixed_levels")
+    direct, cascade = (figures(tmp_path / name) for name in ("direct", "cascade"))
+    assert direct["tiny", "16x16"] == cascade["tiny", "16x16"] and direct["tiny", "24x24"] != cascade["tiny", "24x24"]
+    assert "strategy cascade, fixed_levels True" in (tmp_path / "cascade" / "results.md").read_text()
+
+
 # --- What is kept is what was asked for ---
 
 
@@ -205,6 +214,7 @@ def test_noise_is_nested_unless_it_shall_be_plain(tmp_path, model):
         (["--num_inference_steps", "3"], "steps 2 (asked for: 3)"),
         (["--seed", "1"], r"images [0, 11] (asked for: [1, 12])"),
         (["--plain_noise"], "noise 'nested' (asked for: 'plain')"),
+        (["--strategy", "cascade"], "strategy None (asked for: 'cascade')"),
         (["--train_size", "20"], "patch 8 (asked for: 10)"),
         (["--dtype", "bfloat16"], "asked for: '"),
     ],
@@ -300,6 +310,8 @@ def test_small_references_are_refused_or_left_out(tmp_path, capsys, model, photo
 def test_other_bad_options_are_named(tmp_path, capsys, model, monkeypatch):
     assert "invalid choice: 'ssim'" in refused(capsys, model, tmp_path, "--metrics", "ssim")
     assert "not '0'" in refused(capsys, model, tmp_path, "--sizes", "0")
+    text = refused(capsys, model, tmp_path, "--strategy", "guided", "--spectral_gain", "1")
+    assert "--spectral_gain is for --strategy direct, not guided" in text
     assert "7x16 is too small" in refused(capsys, model, tmp_path, "--sizes", "7x16")
     text = refused(capsys, model, tmp_path, "--reference_dir", "a", "--dataset_name", "b")
     assert "give one of them" in text
