@@ -10,12 +10,15 @@ Variants of a trained model, none of which needs other weights:
     spectral x G early      results of the Fourier layers times G while sigma is above 1 (after arXiv 2510.20766)
     levels from L fixed     levels from L on work on the grid that they have at the training size, whatever the size
                             of the picture (after arXiv 2311.17528); "early": while sigma is above 1
+    away from spectral x G  guidance of 1.5 with the model itself for a guide, its Fourier layers times G (after
+                            autoguidance, arXiv 2406.02507): twice the network calls
 Distances are to real portraits, see docs/evaluate.md. Finished images are kept in --output_dir: the same command goes
 on where it was stopped. Writes results.md, results.csv and a sheet for each size.
 """
 
 import argparse
 import contextlib
+import copy
 import math
 import sys
 from pathlib import Path
@@ -174,19 +177,35 @@ VARIANTS = {
     "levels from 2 fixed early": fixed_levels(2, only_early=True),
 }
 
+GUIDES = {"away from spectral x 0.7": 0.7, "away from spectral x 0.5": 0.5}
+
+
+def weakened(unet, gain: float):
+    """A copy whose Fourier layers count less."""
+    guide = copy.deepcopy(unet)
+    for layer in guide.modules():
+        if isinstance(layer, SpectralConv2d):
+            layer.weight.data.mul_(gain)
+    return guide
+
 
 class Changed(ModelSource):
     """Images of a variant."""
 
     def __init__(self, pipe, steps: int, name: str, size: int, strategy: str):
-        super().__init__(pipe, steps, **({} if strategy == "direct" else {"strategy": strategy}))
+        options = {} if strategy == "direct" else {"strategy": strategy}
+        if name in GUIDES:
+            pipe = type(pipe)(pipe.unet, pipe.scheduler, guide=weakened(pipe.unet, GUIDES[name]))
+            pipe.set_progress_bar_config(disable=True)
+            options["guidance_scale"] = 1.5
+        super().__init__(pipe, steps, **options)
         self.name, self.training_size = name, size
 
     def key(self, size) -> dict:
         return super().key(size) | ({} if self.name == "as it is" else {"variant": self.name})
 
     def draw(self, indices, size):
-        with VARIANTS[self.name](self.pipe.unet, self.training_size):
+        with VARIANTS.get(self.name, as_it_is)(self.pipe.unet, self.training_size):
             return super().draw(indices, size)
 
 
@@ -218,7 +237,7 @@ def main(argv=None) -> list[dict]:
     add = parser.add_argument
     add("--model", default=str(CHECKPOINT), help="folder of a saved pipeline with a square `sample_size`")
     add("--factors", type=float, nargs="+", default=[1.5, 2], help="of the training size")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--variants", nargs="+", choices=[*VARIANTS, *GUIDES], default=[*VARIANTS, *GUIDES])
     add("--strategy", choices=["direct", "guided", "cascade"], default="direct", help="of the pipeline")
     add("--num_images", type=int, default=100)
     add("--seed", type=int, default=0, help="of the first image")

@@ -272,7 +272,8 @@ def test_the_ablations(tmp_path, capsys):
     options = ["--model", str(tmp_path / "model"), "--factors", "1.5", "--num_images", "3", "--dtype", "float32"]
     options += ["--num_inference_steps", "2", "--metrics", "spectrum", "--output_dir", str(tmp_path / "out")]
     rows = ablations.main(options)
-    assert [row["variant"] for row in rows] == list(ablations.VARIANTS) and {row["size"] for row in rows} == {24}
+    assert [row["variant"] for row in rows] == [*ablations.VARIANTS, *ablations.GUIDES]
+    assert {row["size"] for row in rows} == {24}
     assert (tmp_path / "out" / "samples_24x24.png").is_file()
     assert "levels from 1 fixed" in (tmp_path / "out" / "results.md").read_text()
     unet, x = DFUPipeline.from_pretrained(tmp_path / "model").unet, torch.randn(1, 3, 24, 24)
@@ -282,6 +283,9 @@ def test_the_ablations(tmp_path, capsys):
             changed = not torch.equal(unet(x, 0.5).sample, before(x, 0.5).sample)
         assert changed == (name not in ("as it is", "levels from 2 fixed", "levels from 2 fixed early")), name
         assert torch.equal(unet(x, 0.5).sample, before(x, 0.5).sample), name
+    weak = ablations.weakened(unet, 0.5)
+    assert torch.equal(weak.conv_in.spectral.weight, unet.conv_in.spectral.weight / 2)
+    assert torch.equal(weak.conv_in.spatial.weight, unet.conv_in.spatial.weight)
 
 
 def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
