@@ -139,11 +139,14 @@ def test_without_a_seam_a_hole_takes_the_colour_around_it():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 19), st.integers(1, 19), st.integers(0, 99), st.floats(0.05, 0.95))
-def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed, share):
+@given(
+    st.integers(1, 19), st.integers(1, 19), st.integers(0, 99), st.floats(0.05, 0.95),
+    st.tuples(st.booleans(), st.booleans()),
+)  # fmt: skip
+def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed, share, periodic):
     x = torch.randn(2, 3, height, width, generator=seeded(seed))
     hole = torch.rand(2, 1, height, width, generator=seeded(seed + 1)) < share
-    spanned = membrane(x, hole)
+    spanned = membrane(x, hole, periodic)
     known = ~hole.expand_as(x)
     assert torch.equal(spanned[known], x[known]) and spanned.isfinite().all()
     for image, of, its_hole in zip(spanned, x, hole.expand_as(x)):
@@ -152,7 +155,7 @@ def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed,
             low, high = (kept.min(), kept.max()) if kept.numel() else (torch.zeros(()), torch.zeros(()))
             assert low - 1e-5 <= channel.min() and channel.max() <= high + 1e-5
     other = torch.where(hole, torch.full_like(x, 7.0), x)
-    assert torch.equal(membrane(other, hole), spanned)  # what lies in the hole plays no part
+    assert torch.equal(membrane(other, hole, periodic), spanned)  # what lies in the hole plays no part
 
 
 def solve_laplace(x, hole, periodic):
