@@ -22,6 +22,7 @@ from benchmarks import (
     experiment,
     heldout_loss,
     inpaint,
+    large_images,
     measure,
     one_seed,
     super_resolution,
@@ -153,6 +154,15 @@ def test_the_benchmark_of_pipelines(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench_pipeline.main([*options, "--variants", "bfloat16+fast"])
     assert "--variants bfloat16+fast: one of float32" in capsys.readouterr().err
+
+
+def test_a_large_image_is_measured_in_a_process_of_its_own(tmp_path, capsys):
+    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--sizes", "120", "--num_inference_steps", "2"]
+    (row,) = large_images.main([*options, "--output", str(tmp_path / "large")])
+    assert row["size"] == 120 and row["peak, MiB"] > 50 and row["s"] > 0
+    assert Image.open(tmp_path / "large_120.png").size == (120, 120) and "| 120 |" in capsys.readouterr().out
 
 
 def test_freed_memory_is_measured(tmp_path):

@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""How much memory does a whole picture take, and how long, at sizes far beyond the training's?
+
+    python benchmarks/large_images.py [--sizes 256 512 1024 2048] [--strategy cascade] [--fixed_levels]
+
+Each picture is drawn by a process of its own, whose peak of resident memory is read at its end: torch, weights, noise,
+sampler and network together. Keeps the pictures beside OUTPUT, with OUTPUT.csv and OUTPUT.md.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dfu_diffusers import DFUPipeline
+from dfu_diffusers.pipeline_dfu import STRATEGIES
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
+from benchmarks.measure import ROOT, parse, report  # noqa: E402
+
+
+def draw(size: int, args) -> dict:
+    """In this process: one picture, its seconds and the process's peak."""
+    pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    start = time.perf_counter()
+    options = dict(strategy=args.strategy, fixed_levels=args.fixed_levels, generator=torch.Generator().manual_seed(0))
+    image = pipe(height=size, width=size, num_inference_steps=args.num_inference_steps, **options).images[0]
+    seconds = time.perf_counter() - start
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        image.save(args.output.with_name(f"{args.output.name}_{size}.png"))
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes on Linux
+    return {"size": size, "s": seconds, "peak, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+
+
+def main(argv=None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--strategy", choices=STRATEGIES, default="cascade")
+    parser.add_argument("--fixed_levels", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--num_inference_steps", type=int, default=18)
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
+    parser.add_argument("--output", type=Path, help="without suffix")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parse(parser, argv)
+    args.device = "cpu"
+    if args.child:
+        print(json.dumps(draw(args.sizes[0], args)))
+        return []
+    rows = []
+    for size in args.sizes:
+        words = [sys.executable, __file__, *args.words, "--child", "--sizes", str(size)]
+        child = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(child.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    fixed = ", fixed levels" if args.fixed_levels else ""
+    title = f"One picture, {args.strategy}{fixed}, {args.num_inference_steps} Heun steps in {args.dtype}."
+    report(rows, title, "python benchmarks/large_images.py", args)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
