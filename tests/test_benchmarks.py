@@ -325,12 +325,14 @@ def tiny_budget(monkeypatch):
 def test_networks_of_the_experiment():
     for budget in experiment.BUDGETS.values():
         with torch.device("meta"):
-            kinds = ("dual", f"dual-{budget.largest}", "spatial", "spectral", "compact", "wide", "isotropic", "mirror")
-            dual, single, *halves, wide, isotropic, mirror = (
+            kinds = ("dual", f"dual-{budget.largest}", "spatial", "spectral", "compact", "wide", "tall", "mirror")
+            dual, single, *halves, wide, tall, mirror = (
                 DFUModel(**experiment.model_config(kind, budget)).num_parameters() for kind in kinds
             )
-        assert dual == single > max(halves) and max(abs(each / dual - 1) for each in (wide, isotropic)) < 0.02
+        assert dual == single > max(halves) and max(abs(each / dual - 1) for each in (wide, tall)) < 0.1
         assert mirror > 2 * dual
+        rows, columns = experiment.model_config("tall", budget)["fourier_modes"][0]
+        assert rows > 2 * (columns - 1)  # cycles down and across
         assert set(experiment.FAR_RUNS) <= set(experiment.runs(budget))
 
 
