@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a sc
 from benchmarks.bench_layer import RfftSpectralConv2d  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
     CONFIGS,
+    allow_tf32,
     gemm_peak,
     milliseconds,
     operations,
@@ -132,10 +133,6 @@ def runner(model, kind: str, shape: tuple, precision: str, device: str):
     return run
 
 
-def allow_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-
-
 def rows_of(case: str, models: dict, peaks: dict, args) -> list[dict]:
     """A row for each dtype, all contenders of all of them in turns."""
     kind, size, batch = parse_case(case, args.device)
@@ -189,6 +186,8 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--profile", action="store_true")
     args = parse(options, argv)
     config = {**DFUModel.load_config(CONFIGS / f"{args.config}.json"), "num_augment_labels": 0, "dropout": 0.0}
+    if args.rfft2 and (config.get("spectral_rank") or config.get("spectral_boundary", "periodic") != "periodic"):
+        options.error(f"--rfft2 has full weights and periodic waves, --config {args.config} has not: take another")
     if args.compile:  # fail rather than measure what is not compiled
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     peaks = {}
@@ -198,6 +197,7 @@ def main(argv=None) -> list[dict]:
     models = {dtype: build(config, args) for dtype in args.dtypes}
     rows = []
     for case in args.cases:
+        torch.compiler.reset()  # or graphs of other sizes and precisions would count against the limit
         rows += rows_of(case, models, peaks, args)
         print(f"{case} done", flush=True)
     numbers = ", ".join(f"{name} {m.num_parameters() / 1e6:.1f} M" for name, m in models[args.dtypes[0]].items())

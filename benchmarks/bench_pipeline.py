@@ -23,7 +23,7 @@ from PIL import Image
 from dfu_diffusers import DFUPipeline
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import ROOT, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
+from benchmarks.measure import ROOT, allow_tf32, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 ADDITIONS = ("fixed", "compiled", "graphs")
@@ -110,6 +110,8 @@ def main(argv=None) -> list[dict]:
             options.error(
                 f"--variants {variant}: one of {', '.join(PRECISIONS)}, then any of +{', +'.join(ADDITIONS)}"
             )
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure what is not compiled
+    allow_tf32(False)
     pipes = {}
     for variant in args.variants:
         dtype, *additions = variant.split("+")
@@ -122,6 +124,7 @@ def main(argv=None) -> list[dict]:
         pipes[variant] = pipe
     rows, images = [], {}
     for size in args.sizes:
+        torch.compiler.reset()  # or graphs of other sizes would count against the limit
         at_size, images[size] = rows_of(size, pipes, args)
         rows += at_size
         print(f"{size} px done", flush=True)

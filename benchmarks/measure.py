@@ -61,6 +61,11 @@ def parse_case(case: str, device: str) -> tuple[str, int, int]:
     return kind, int(size), int(batch)
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the factors of float32 products and convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Time
 

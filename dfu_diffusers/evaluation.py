@@ -277,7 +277,8 @@ class Collection:
             raise EvaluationError(f"{path} cannot be read ({error}): remove {self.folder}.") from error
         names = [name for name in {**found, **self.key} if found.get(name) != self.key.get(name)]
         if names:
-            changes = ", ".join(f"{name} {found.get(name)!r} (asked for: {self.key.get(name)!r})" for name in names)
+            was, asked = ([key.get(name, "default") for name in names] for key in (found, self.key))
+            changes = ", ".join(f"{name} {old!r} (asked for: {new!r})" for name, old, new in zip(names, was, asked))
             raise EvaluationError(
                 f"{self.folder} holds other images: {changes}. Remove it, or take another --output_dir or --cache_dir."
             )

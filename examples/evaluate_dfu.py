@@ -58,7 +58,7 @@ from dfu_diffusers.resolutions import Size, format_resolution
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # as a script it lies beside the other examples
 from examples.generate_dfu import CHECKPOINT  # noqa: E402
-from examples.train_dfu import count, device_name, git_commit, natural, resolution  # noqa: E402
+from examples.train_dfu import count, device_name, git_commit, natural, number, resolution  # noqa: E402
 
 FLOOR = "real"
 FACTORS = (1, 4 / 3, 5 / 3, 2)  # of the training size: the default of --sizes
@@ -91,7 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plain_noise", action="store_true", help="other noise at each size, in place of one whose low modes agree")
     add("--strategy", choices=STRATEGIES, default="direct", help="beyond the training size: see docs/zero_shot.md")
     add("--fixed_levels", action="store_true", help="only the finest level grows beyond the training size")
-    add("--spectral_gain", type=float, default=0.0, help="of direct samples beyond it: see docs/zero_shot.md")
+    add(
+        "--spectral_gain",
+        type=number(float, -8, 8),
+        default=0.0,
+        help="of direct samples beyond it: see docs/zero_shot.md",
+    )
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models, in sampling")
     add("--batch_size", type=count, default=32, help="images at once in each process")
 
@@ -117,9 +122,9 @@ def parse_args(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.reference_dir and args.dataset_name:
         parser.error("--reference_dir and --dataset_name both name references: give one of them")
-    for model, number in Counter(args.model).items():
-        if number > 1:
-            parser.error(f"--model names {model} {number} times: once will do")
+    for model, times in Counter(args.model).items():
+        if times > 1:
+            parser.error(f"--model names {model} {times} times: once will do")
         if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
             parser.error(f"--model: there is no folder {model}; name a saved pipeline, or its id on the Hub")
         if args.update_model_card and not (Path(model) / hub.CARD).is_file():
@@ -136,8 +141,8 @@ def parse_args(argv) -> argparse.Namespace:
 
 def ways_to_sample(args) -> dict:
     """Arguments of the pipeline that differ from its defaults."""
-    ways = {"strategy": args.strategy, "fixed_levels": args.fixed_levels, "spectral_gain": args.spectral_gain}
-    return {name: value for name, value in ways.items() if value not in ("direct", False, 0.0)}
+    defaults = {"strategy": "direct", "fixed_levels": False, "spectral_gain": 0.0}
+    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
 
 
 def labels(models: list[str]) -> list[str]:
@@ -176,6 +181,8 @@ class Evaluation:
         # The others wait while the main process computes, longer than the usual ten minutes.
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))])
         configs = [load_config(model) for model in args.model]
+        if (args.fixed_levels or args.spectral_gain) and any(c.get("_class_name") != "DFUModel" for c in configs):
+            raise EvaluationError("--fixed_levels and --spectral_gain need DFU models: leave them out.")
         self.training_size = args.train_size or common_size(args.model, configs)
         grown = [tuple(round(factor * side) for side in self.training_size) for factor in FACTORS]
         self.sizes = sorted(set(args.sizes or grown), key=lambda size: (math.prod(size), size))

@@ -214,7 +214,7 @@ def test_a_strategy_changes_what_lies_beyond_the_training_size(tmp_path, model):
         (["--num_inference_steps", "3"], "steps 2 (asked for: 3)"),
         (["--seed", "1"], r"images [0, 11] (asked for: [1, 12])"),
         (["--plain_noise"], "noise 'nested' (asked for: 'plain')"),
-        (["--strategy", "cascade"], "strategy None (asked for: 'cascade')"),
+        (["--strategy", "cascade"], "strategy 'default' (asked for: 'cascade')"),
         (["--train_size", "20"], "patch 8 (asked for: 10)"),
         (["--dtype", "bfloat16"], "asked for: '"),
     ],
@@ -312,6 +312,7 @@ def test_other_bad_options_are_named(tmp_path, capsys, model, monkeypatch):
     assert "not '0'" in refused(capsys, model, tmp_path, "--sizes", "0")
     text = refused(capsys, model, tmp_path, "--strategy", "guided", "--spectral_gain", "1")
     assert "--spectral_gain is for --strategy direct, not guided" in text
+    assert "9 must be at least -8, at most 8" in refused(capsys, model, tmp_path, "--spectral_gain", "9")
     assert "7x16 is too small" in refused(capsys, model, tmp_path, "--sizes", "7x16")
     text = refused(capsys, model, tmp_path, "--reference_dir", "a", "--dataset_name", "b")
     assert "give one of them" in text
