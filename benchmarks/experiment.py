@@ -251,7 +251,8 @@ def plot(rows: list[dict], path: Path, largest: int) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(COLUMNS), figsize=(5 * len(COLUMNS), 4))
-    colors = {name: "k" if name == "real" else f"C{number % 10}" for number, name in enumerate(by_kind(rows, "fd"))}
+    shades = [*plt.colormaps["tab20"].colors[::2], *plt.colormaps["tab20"].colors[1::2]]  # the strong ones first
+    colors = dict(zip(by_kind(rows, "fd"), shades)) | {"real": "k"}
     for axis, (column, heading) in zip(axes, COLUMNS.items()):
         for name, values in by_kind(rows, column).items():
             sizes, color = sorted(values), colors[name]
