@@ -47,7 +47,8 @@ CASES += ["forward:512:1", "training:32:4", "training:64:4"]
 
 
 class RfftSpectralConv2d(torch.nn.Module):
-    """The textbook Fourier layer: full rfft2, complex einsum over the kept modes, full irfft2; H >= 2r, W >= 2c."""
+    """The textbook Fourier layer: full rfft2, complex einsum over the kept modes, full irfft2, onto the grid `size`.
+    Grids that do not hold all modes take part in fewer."""
 
     def __init__(self, in_channels: int, out_channels: int, modes: tuple[int, int]):
         super().__init__()
@@ -55,13 +56,16 @@ class RfftSpectralConv2d(torch.nn.Module):
         weight = torch.randn(2, in_channels, out_channels, self.r, self.c, dtype=torch.complex64)
         self.weight = torch.nn.Parameter(torch.view_as_real(weight / in_channels**0.5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        size = tuple(size or x.shape[-2:])
+        height, width = map(min, x.shape[-2:], size)
+        r, c = min(self.r, max(1, height // 2)), min(self.c, width // 2 + 1)
         modes = torch.fft.rfft2(x, norm="forward")
-        out = modes.new_zeros(x.shape[0], self.out_channels, *modes.shape[-2:])
-        top, bottom = (..., slice(self.r), slice(self.c)), (..., slice(-self.r, None), slice(self.c))
-        for rows, weight in zip((top, bottom), torch.view_as_complex(self.weight)):
-            out[rows] = torch.einsum("bikl,iokl->bokl", modes[rows], weight)
-        return torch.fft.irfft2(out, s=x.shape[-2:], norm="forward")
+        out = modes.new_zeros(x.shape[0], self.out_channels, size[0], size[1] // 2 + 1)
+        for rows, weight in zip((slice(r), slice(-r, None)), torch.view_as_complex(self.weight.float())):
+            kept = (..., rows, slice(c))
+            out[kept] = torch.einsum("bikl,iokl->bokl", modes[kept], weight[kept])
+        return torch.fft.irfft2(out, s=size, norm="forward")
 
 
 def neuraloperator_layer(channels: int, modes: tuple[int, int]):

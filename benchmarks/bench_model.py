@@ -63,19 +63,11 @@ def build(config: dict, args) -> dict[str, torch.nn.Module]:
 
 
 class TextbookLayer(RfftSpectralConv2d):
-    """In a model: in its precision, from any grid to any other, which takes part in fewer modes if it is small."""
+    """In the place of a SpectralConv2d, in any precision; FFTs know float32."""
 
     def forward(self, x, size=None, residual=None):
-        size = size or x.shape[-2:]
-        height, width = map(min, x.shape[-2:], size)
-        r, c = min(self.r, max(1, height // 2)), min(self.c, width // 2 + 1)
         with torch.autocast(x.device.type, enabled=False):
-            modes = torch.fft.rfft2(x.float(), norm="forward")
-            out = modes.new_zeros(x.shape[0], self.out_channels, size[0], size[1] // 2 + 1)
-            for rows, weight in zip((slice(r), slice(-r, None)), torch.view_as_complex(self.weight.float())):
-                kept = weight[:, :, rows, :c]
-                out[:, :, rows, :c] = torch.einsum("bikl,iokl->bokl", modes[:, :, rows, :c], kept)
-            y = torch.fft.irfft2(out, s=tuple(size), norm="forward").to(x.dtype)
+            y = super().forward(x.float(), size).to(x.dtype)
         return y if residual is None else residual.add_(y)
 
 

@@ -104,8 +104,8 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--batch_size", type=int, default=1)
     options.add_argument("--num_inference_steps", type=int, default=18)
     args = parse(options, argv)
-    for variant in args.variants:
-        dtype, *additions = variant.split("+")
+    parts = {variant: variant.split("+") for variant in args.variants}
+    for variant, (dtype, *additions) in parts.items():
         if dtype not in PRECISIONS or not set(additions) <= set(ADDITIONS):
             options.error(
                 f"--variants {variant}: one of {', '.join(PRECISIONS)}, then any of +{', +'.join(ADDITIONS)}"
@@ -113,8 +113,7 @@ def main(argv=None) -> list[dict]:
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure what is not compiled
     allow_tf32(False)
     pipes = {}
-    for variant in args.variants:
-        dtype, *additions = variant.split("+")
+    for variant, (dtype, *additions) in parts.items():
         pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, dtype)).to(args.device)
         pipe.set_progress_bar_config(disable=True)
         if "compiled" in additions:

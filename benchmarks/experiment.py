@@ -396,7 +396,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
     if args.stage == "picture":
-        if len(args.runs) != 2:
+        if len(args.runs) != 2 or not all(Path(folder).is_dir() for folder in args.runs):
             parser.error(f"picture takes the folders of two pipelines, but got {' '.join(args.runs) or 'none'}")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         picture(*map(load, args.runs), seeds=2).save(args.output_dir / "samples.png")

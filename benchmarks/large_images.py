@@ -65,7 +65,9 @@ def main(argv=None) -> list[dict]:
     rows = []
     for size in args.sizes:
         words = [sys.executable, __file__, *args.words, "--child", "--sizes", str(size)]
-        child = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+        child = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        if child.returncode:  # the child has said why
+            raise SystemExit(f"No picture of {size}x{size} was drawn.")
         rows.append(json.loads(child.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
     fixed = ", fixed levels" if args.fixed_levels else ""
