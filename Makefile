@@ -54,12 +54,10 @@ test-slow: $(VENV)/installed-test  ## Run the slow tests alone.
 quality: $(VENV)/installed-quality  ## Check style and formatting.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) docs/make_reference.py --check
 
 style: $(VENV)/installed-quality  ## Fix style and formatting.
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) docs/make_reference.py
 
 bench: $(VENV)/installed-test  ## Measure speed and memory: each benchmarks/bench_*.py.
 	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(PY) "$$script"; done

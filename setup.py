@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "dfu_diffusers/__init__.py").read_text("utf-8"), re.M)[1]
@@ -55,8 +55,8 @@ setup(
     author="The dfu_diffusers authors",
     license="Apache-2.0",
     keywords="diffusion diffusers fourier neural operator image generation super-resolution pytorch",
-    packages=["dfu_diffusers"],
-    package_data={"dfu_diffusers": ["py.typed"]},
+    packages=find_packages(include=["dfu_diffusers*"]),
+    package_data={"dfu_diffusers": ["py.typed", "assets/*", "assets/*/*"]},
     python_requires=">=3.10",
     install_requires=install_requires,
     extras_require=extras,

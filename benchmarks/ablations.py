@@ -27,14 +27,16 @@ import torch
 from accelerate import Accelerator
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.evaluation import METRICS, Collection, Compared, Features, ModelSource, Portraits, measure
-from dfu_diffusers.extractors import load_extractor
-from dfu_diffusers.modeling_dfu import DFUAttention, DFUBlock, SpectralConv2d
-from dfu_diffusers.resolutions import format_resolution
+from dfu_diffusers.data.resolutions import format_resolution
+from dfu_diffusers.evaluation.collections import Collection, Features
+from dfu_diffusers.evaluation.extractors import load_extractor
+from dfu_diffusers.evaluation.report import METRICS, Compared, Row, measure, sheet
+from dfu_diffusers.evaluation.sources import ModelSource, Portraits
+from dfu_diffusers.models.layers import DFUAttention, DFUBlock
+from dfu_diffusers.models.spectral import SpectralConv2d
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the examples, when run as a script
 from benchmarks.measure import parse, report  # noqa: E402
-from examples.evaluate_dfu import Row, sheet  # noqa: E402
 from examples.generate_dfu import CHECKPOINT  # noqa: E402
 
 EARLY = math.log(1.0) / 4  # c_noise of sigma 1

@@ -23,8 +23,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dfu_diffusers.data import ImageDataset, build_cache, load_table
-from dfu_diffusers.portraits import PortraitDataset
+from dfu_diffusers.data.cache import build_cache
+from dfu_diffusers.data.dataset import ImageDataset
+from dfu_diffusers.data.folders import load_table
+from dfu_diffusers.data.portraits import PortraitDataset
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import report  # noqa: E402

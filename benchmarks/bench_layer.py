@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from dfu_diffusers.modeling_dfu import DualConv2d, SpectralConv2d
+from dfu_diffusers.models.layers import DualConv2d
+from dfu_diffusers.models.spectral import SpectralConv2d
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import (  # noqa: E402

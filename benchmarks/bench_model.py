@@ -25,7 +25,7 @@ import torch
 from diffusers import UNet2DModel
 
 from dfu_diffusers import DFUModel
-from dfu_diffusers.modeling_dfu import DualConv2d
+from dfu_diffusers.models.layers import DualConv2d
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.bench_layer import RfftSpectralConv2d  # noqa: E402

@@ -77,7 +77,7 @@ def loader_rate(run: train_dfu.Run) -> float:
 STEP = """if True:
     import sys, time, torch
     from dfu_diffusers import DFUModel
-    from dfu_diffusers.training import keep_freed_memory
+    from dfu_diffusers.training.step import keep_freed_memory
     config, size, batch, keep = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "keep"
     if keep:
         assert keep_freed_memory()

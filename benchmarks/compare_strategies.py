@@ -25,13 +25,14 @@ import torch
 from accelerate import Accelerator
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.evaluation import METRICS, Collection, Compared, Features, ModelSource, Portraits, Resized, measure
-from dfu_diffusers.extractors import load_extractor
-from dfu_diffusers.reports import write_atomically
-from dfu_diffusers.resolutions import format_resolution
+from dfu_diffusers.data.resolutions import format_resolution
+from dfu_diffusers.evaluation.collections import Collection, Features
+from dfu_diffusers.evaluation.extractors import load_extractor
+from dfu_diffusers.evaluation.report import HEADINGS, METRICS, Compared, Row, measure, sheet
+from dfu_diffusers.evaluation.sources import ModelSource, Portraits, Resized
+from dfu_diffusers.files import write_atomically
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the examples, when run as a script
-from examples.evaluate_dfu import HEADINGS, Row, sheet  # noqa: E402
 from examples.generate_dfu import CHECKPOINT  # noqa: E402
 
 FIGURES = ("coherence", "fd", "patch", "spectrum", "agreement")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.losses import edm_loss
-from dfu_diffusers.portraits import portrait_parameters, render_portraits
-from dfu_diffusers.resolutions import parse_resolution
+from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
+from dfu_diffusers.data.resolutions import parse_resolution
+from dfu_diffusers.training.losses import edm_loss
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 HELD_OUT = 10_001  # a series of portraits that no training of ours draws from

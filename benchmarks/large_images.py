@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.pipeline_dfu import STRATEGIES
+from dfu_diffusers.pipelines.dfu import STRATEGIES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import ROOT, parse, report  # noqa: E402

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.metrics import agreement
+from dfu_diffusers.evaluation.metrics import agreement
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
 from benchmarks.measure import ROOT, parse, report  # noqa: E402

@@ -26,12 +26,12 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from dfu_diffusers import DFUSuperResolutionPipeline
-from dfu_diffusers.evaluation import HELD_OUT_SERIES, to_bytes
-from dfu_diffusers.extractors import load_extractor
-from dfu_diffusers.metrics import FeatureStatistics, frechet_distance
-from dfu_diffusers.modeling_dfu import resample
-from dfu_diffusers.pipeline_dfu_super_resolution import AreaAverage
-from dfu_diffusers.portraits import portrait_parameters, render_portraits
+from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
+from dfu_diffusers.evaluation.extractors import load_extractor
+from dfu_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance
+from dfu_diffusers.evaluation.sources import HELD_OUT_SERIES, to_bytes
+from dfu_diffusers.models.resampling import resample
+from dfu_diffusers.pipelines.super_resolution import AreaAverage
 
 ROOT = Path(__file__).resolve().parent.parent
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}

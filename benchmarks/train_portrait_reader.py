@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains the network behind the extractor "portrait" (dfu_diffusers/extractors.py), and measures it.
 
-python benchmarks/train_portrait_reader.py [--output checkpoints/portrait-reader] [--steps 3400]
+python benchmarks/train_portrait_reader.py [--output dfu_diffusers/assets/portrait-reader] [--steps 3400]
 python benchmarks/train_portrait_reader.py --steps 0    # measures what lies in --output
 
 It learns to read portraits of the series 10_002, new ones at every step, rendered at random sizes of 16 to 128 px and
@@ -18,10 +18,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dfu_diffusers.checkpoints import replace_contents
-from dfu_diffusers.extractors import CIRCULAR, PORTRAIT_READER, PortraitReader, encode_parameters, load_extractor
-from dfu_diffusers.metrics import FeatureStatistics, frechet_distance
-from dfu_diffusers.portraits import PARAMETERS, portrait_parameters, render_portraits
+from dfu_diffusers.data.portraits import PARAMETERS, portrait_parameters, render_portraits
+from dfu_diffusers.evaluation.extractors import (
+    CIRCULAR,
+    PORTRAIT_READER,
+    PortraitReader,
+    encode_parameters,
+    load_extractor,
+)
+from dfu_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance
+from dfu_diffusers.training.checkpoints import replace_contents
 
 TRAINING, HELD_OUT = 10_002, 10_001  # series of portraits
 SIDES = 16, 128

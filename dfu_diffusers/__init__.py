@@ -2,32 +2,22 @@
 """A Diffusers plugin for DFU (arXiv 2401.06144): images of any height and width from one diffusion model.
 
 Importing it teaches diffusers the public classes, so that `DiffusionPipeline.from_pretrained` and
-`AutoModel.from_pretrained` load saved DFU models. Training parts are imported by name: `dfu_diffusers.data`,
-`dfu_diffusers.losses`, `dfu_diffusers.portraits`.
+`AutoModel.from_pretrained` load saved DFU models. What trains, measures and publishes them is imported by name:
+`dfu_diffusers.data`, `dfu_diffusers.training`, `dfu_diffusers.evaluation`, `dfu_diffusers.hub`.
 """
 
 import diffusers as _diffusers
 from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers looks these names up in this package
 
-from .modeling_dfu import DFUModel
-from .pipeline_dfu import DFUPipeline
-from .pipeline_dfu_inpaint import DFUInpaintPipeline
-from .pipeline_dfu_super_resolution import DFUSuperResolutionPipeline
-from .scheduling_edm_heun import EDMHeunScheduler
+from .models.dfu import DFUModel
+from .pipelines.dfu import DFUPipeline
+from .pipelines.inpaint import DFUInpaintPipeline
+from .pipelines.remote_code import REMOTE_CODE_MODULES as _REMOTE_CODE_MODULES
+from .pipelines.super_resolution import DFUSuperResolutionPipeline
+from .schedulers.edm_heun import EDMHeunScheduler
 
 __version__ = "0.1.0"
 __all__ = ["DFUInpaintPipeline", "DFUModel", "DFUPipeline", "DFUSuperResolutionPipeline", "EDMHeunScheduler"]
-
-# The modules of self-contained repositories (see hub.py). These names are part of the format: they stay even if a
-# module of this package is renamed.
-_TRAVELLING = {
-    "modeling_dfu": "DFUModel",
-    "pipeline_dfu": "DFUPipeline",
-    "pipeline_dfu_inpaint": "DFUInpaintPipeline",
-    "pipeline_dfu_super_resolution": "DFUSuperResolutionPipeline",
-    "scheduling_edm_heun": "EDMHeunScheduler",
-}
-
 
 # All that reaches into diffusers beyond its public classes stands in the next two functions.
 
@@ -48,15 +38,17 @@ def _register_with_diffusers() -> None:
     LOADABLE_CLASSES["dfu_diffusers"] = {"ModelMixin": methods, "SchedulerMixin": methods}
     for name in __all__:
         setattr(_diffusers, name, globals()[name])
-    DFUPipeline._dict_from_json_file = classmethod(lambda cls, *args, **kwargs: _ours(read_index(*args, **kwargs)))
+    DFUPipeline._dict_from_json_file = classmethod(
+        lambda cls, *args, **kwargs: _use_installed_classes(read_index(*args, **kwargs))
+    )
 
 
-def _ours(index: dict) -> dict:
+def _use_installed_classes(index: dict) -> dict:
     """model_index.json with the classes of this package in place of the copies in a self-contained repository.
 
     So `DFUPipeline.from_pretrained` loads such a repository, too, without running the code that came with it.
     """
-    copies = [[module, name] for module, name in _TRAVELLING.items()]
+    copies = [[module, name] for module, name in _REMOTE_CODE_MODULES.items()]
     index = {name: ["dfu_diffusers", value[1]] if value in copies else value for name, value in index.items()}
     if isinstance(index.get("_class_name"), list) and index["_class_name"][0] == "dfu_diffusers":
         index["_class_name"] = index["_class_name"][1]

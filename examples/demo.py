@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.modeling_dfu import resample
+from dfu_diffusers.models.resampling import resample
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [32, 48, 64, 96, 128]  # shown in a grid, a column each, four portraits high

@@ -20,55 +20,33 @@ import re
 import shlex
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import accelerate
 import diffusers
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 import dfu_diffusers
-from dfu_diffusers import DFUModel, DFUPipeline, extractors, hub
-from dfu_diffusers.data import ImageDataset, load_table
-from dfu_diffusers.evaluation import (
-    METRICS,
-    MIN_IMAGES,
-    MIN_SIDE,
-    Collection,
-    Compared,
-    EvaluationError,
-    Features,
-    ModelSource,
-    Pictures,
-    Portraits,
-    Resized,
-    coarse_size,
-    measure,
-    update_card,
-)
-from dfu_diffusers.pipeline_dfu import STRATEGIES
-from dfu_diffusers.reports import write_atomically
-from dfu_diffusers.resolutions import Size, format_resolution
+from dfu_diffusers import DFUModel, DFUPipeline, hub
+from dfu_diffusers.data.dataset import ImageDataset
+from dfu_diffusers.data.folders import load_table
+from dfu_diffusers.data.resolutions import Size, format_resolution
+from dfu_diffusers.evaluation import extractors
+from dfu_diffusers.evaluation.collections import MIN_IMAGES, MIN_SIDE, Collection, Features, coarse_size
+from dfu_diffusers.evaluation.report import COLUMNS, FLOOR, HEADINGS, METRICS, Compared, Row, measure, sheet
+from dfu_diffusers.evaluation.sources import EvaluationError, ModelSource, Pictures, Portraits, Resized
+from dfu_diffusers.files import write_atomically
+from dfu_diffusers.pipelines.dfu import STRATEGIES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # as a script it lies beside the other examples
 from examples.generate_dfu import CHECKPOINT  # noqa: E402
 from examples.train_dfu import count, device_name, git_commit, natural, number, resolution  # noqa: E402
 
-FLOOR = "real"
 FACTORS = (1, 4 / 3, 5 / 3, 2)  # of the training size: the default of --sizes
-ARROWS = {"lower": " ↓", "higher": " ↑", "real": ""}  # which way is better; or as in real images
-HEADINGS = {
-    column: heading + ARROWS[metric.better]
-    for metric in METRICS.values()
-    for column, heading in metric.columns.items()
-    if column not in ("kid_low", "kid_high")  # which stand beside KID
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,24 +131,6 @@ def labels(models: list[str]) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    model: str
-    method: str  # "model", "lanczos", "fourier" or "real"
-    compared: Compared
-    figures: dict[str, float] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.model if self.method in ("model", FLOOR) else f"{self.model}, {self.method}"
-
-    @property
-    def size(self) -> Size:
-        return self.compared.samples.size
 
 
 class Evaluation:
@@ -286,7 +246,7 @@ class Evaluation:
         print(table)
         if self.args.update_model_card:
             for model, label in zip(self.args.model, labels(self.args.model)):
-                update_card(Path(model), self._card_figures(rows, label), self.data, self._protocol())
+                hub.update_card(Path(model), self._card_figures(rows, label), COLUMNS, self.data, self._protocol())
         print(f"Wrote results.json, results.md, curves.png and samples.png into {output}.")
 
     def _card_figures(self, rows: list[Row], label: str) -> dict[Size, dict[str, float]]:
@@ -409,20 +369,6 @@ def plot_curves(path: Path, rows: list[Row], training_size: Size) -> None:
     figure.legend(handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
-
-
-def sheet(rows: list[Row], number: int = 6, cell: int = 128) -> Image.Image:
-    """The first images of each row of the table, shown at one height; pixels stay visible."""
-    label, widest = 16, max(round(cell * row.size[1] / row.size[0]) for row in rows)
-    canvas = Image.new("RGB", (number * (widest + 2), len(rows) * (cell + label)), "white")
-    for place, row in enumerate(rows):
-        samples, top = row.compared.samples, place * (cell + label)
-        width = round(cell * row.size[1] / row.size[0])
-        ImageDraw.Draw(canvas).text((2, top + 2), f"{format_resolution(row.size)} {row.name}", fill="black")
-        for column, pixels in enumerate(samples.pixels(samples.indices[:number])):
-            image = Image.fromarray(np.broadcast_to(pixels, (*row.size, 3)).copy())
-            canvas.paste(image.resize((width, cell), Image.Resampling.NEAREST), (column * (widest + 2), top + label))
-    return canvas
 
 
 def main(argv=None) -> list[Row]:

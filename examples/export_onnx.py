@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 
 from dfu_diffusers import DFUModel
-from dfu_diffusers.resolutions import parse_resolution
+from dfu_diffusers.data.resolutions import parse_resolution
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 TOLERANCE = 1e-4

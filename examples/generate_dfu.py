@@ -16,8 +16,8 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.utils.torch_utils import get_device
 
 from dfu_diffusers import DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.pipeline_dfu import STRATEGIES
-from dfu_diffusers.resolutions import parse_resolution
+from dfu_diffusers.data.resolutions import parse_resolution
+from dfu_diffusers.pipelines.dfu import STRATEGIES
 
 SCHEDULERS = {"heun": EDMHeunScheduler, "euler": EDMEulerScheduler, "dpm": EDMDPMSolverMultistepScheduler}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_digits, load_sample_image
 
-from dfu_diffusers.portraits import portraits_to_datasets
+from dfu_diffusers.data.portraits import portraits_to_datasets
 
 
 def main(argv=None) -> None:

@@ -40,8 +40,20 @@ from tqdm.auto import tqdm
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler, hub
-from dfu_diffusers.augment import GeometricAugment
-from dfu_diffusers.checkpoints import (
+from dfu_diffusers.data.cache import build_cache
+from dfu_diffusers.data.dataset import ImageDataset
+from dfu_diffusers.data.folders import load_table
+from dfu_diffusers.data.portraits import PortraitDataset
+from dfu_diffusers.data.resolutions import (
+    MixedResolutionBatchSampler,
+    format_resolution,
+    parse_resolution,
+    source_size,
+)
+from dfu_diffusers.data.streams import ImageStream, ignore_signals
+from dfu_diffusers.files import write_atomically
+from dfu_diffusers.training.augment import GeometricAugment
+from dfu_diffusers.training.checkpoints import (
     CheckpointError,
     check_architecture,
     choose_checkpoint,
@@ -49,21 +61,11 @@ from dfu_diffusers.checkpoints import (
     save_checkpoint,
     set_aside,
 )
-from dfu_diffusers.data import ImageDataset, ImageStream, build_cache, ignore_signals, load_table
-from dfu_diffusers.ema import HalfLifeEMA, PowerEMA, save_snapshot
-from dfu_diffusers.losses import TrainingLoss, ValidationLoss
-from dfu_diffusers.parameter_groups import freeze, summary
-from dfu_diffusers.portraits import PortraitDataset
-from dfu_diffusers.reports import (
-    Table,
-    activation_bytes,
-    plot_losses,
-    sample_sheet,
-    sheet_sizes,
-    write_atomically,
-)
-from dfu_diffusers.resolutions import MixedResolutionBatchSampler, format_resolution, parse_resolution, source_size
-from dfu_diffusers.training import DataError, StopSignal, TrainingStep, WeightAverages, keep_freed_memory
+from dfu_diffusers.training.ema import HalfLifeEMA, PowerEMA, save_snapshot
+from dfu_diffusers.training.freezing import freeze, summary
+from dfu_diffusers.training.losses import TrainingLoss, ValidationLoss
+from dfu_diffusers.training.reports import Table, activation_bytes, plot_losses, sample_sheet, sheet_sizes
+from dfu_diffusers.training.step import DataError, StopSignal, TrainingStep, WeightAverages, keep_freed_memory
 
 EXAMPLES = Path(__file__).parent
 CONFIGS = EXAMPLES / "configs"
@@ -176,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--ema_rampup_ratio", type=positive, default=0.05, help="half-life at most this x images")
     training.add_argument(
         "--power_ema", nargs="+", type=positive, default=[], metavar="SIGMA_REL",
-        help="also keep power-function averages (EDM2: 0.05 0.1) for dfu_diffusers.ema.reconstruct",
+        help="also keep power-function averages (EDM2: 0.05 0.1) for dfu_diffusers.training.ema.reconstruct",
     )  # fmt: skip
     training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
     training.add_argument("--tf32", **SWITCH, help="faster float32 matrix products on NVIDIA GPUs")
@@ -740,7 +742,7 @@ class Run:
         recent = [loss for row in self.log.rows[-100:] if math.isfinite(loss := float(row["loss"]))]
         classes = ", ".join(f"{i} {name}" for i, name in enumerate(self.data.class_names or []))
         card = hub.model_card(
-            EXAMPLES.parent / "model_card.md",
+            hub.TEMPLATE,
             self.output,
             args.hub_model_id or self.output.name,
             train_sizes=[format_resolution(size) for size in args.resolutions + args.upsample_resolutions],

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image, ImageOps
 
 from dfu_diffusers import DFUSuperResolutionPipeline
-from dfu_diffusers.pipeline_dfu_super_resolution import MODES
+from dfu_diffusers.pipelines.images import MODES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from examples.generate_dfu import CHECKPOINT, DTYPES, SCHEDULERS, check_model_and_seed, usable_device  # noqa: E402

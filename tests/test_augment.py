@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfu_diffusers.augment import GeometricAugment
+from dfu_diffusers.training.augment import GeometricAugment
 
 AUGMENT = GeometricAugment(probability=0.5)
 YES, NO = -9.0, 9.0  # normals that choose an augmentation, or leave it out

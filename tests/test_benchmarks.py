@@ -28,7 +28,7 @@ from benchmarks import (
     super_resolution,
 )
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.modeling_dfu import SpectralConv2d
+from dfu_diffusers.models.spectral import SpectralConv2d
 from examples import evaluate_dfu, train_dfu
 
 # --- Speed and memory ---

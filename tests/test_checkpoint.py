@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.heldout_loss import HELD_OUT, heldout_loss
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.portraits import PortraitDataset
+from dfu_diffusers.data.portraits import PortraitDataset
 
 FOLDER = Path(__file__).parent.parent / "checkpoints" / "dfu-portraits"
 

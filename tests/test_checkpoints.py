@@ -6,12 +6,12 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from dfu_diffusers.checkpoints import (
+from dfu_diffusers.training.checkpoints import (
     CheckpointError,
     check_architecture,
     choose_checkpoint,
-    damage,
     find_checkpoints,
+    find_corruption,
     replace_contents,
     save_checkpoint,
     set_aside,
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(save, tmp_path, error):
 
     with pytest.raises(CheckpointError, match="checkpoint-4 could not be written.*checkpoint-2 is intact"):
         save(4, contents=fail)
-    assert names(tmp_path) == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
+    assert names(tmp_path) == ["checkpoint-2"] and find_corruption(tmp_path / "checkpoint-2") is None
 
 
 def test_one_interrupted_while_written_is_never_taken_for_a_checkpoint(save, tmp_path):
@@ -106,7 +106,7 @@ def test_going_on_from_an_older_one_sets_the_later_ones_aside(save, tmp_path):
     (tmp_path / "set-aside-checkpoint-6").mkdir()
     assert [path.name for path in set_aside(tmp_path, 2)] == ["set-aside-checkpoint-4", "set-aside-checkpoint-6"]
     save(3, total_limit=1)
-    assert list(find_checkpoints(tmp_path)) == [3] and damage(tmp_path / "set-aside-checkpoint-6") is None
+    assert list(find_checkpoints(tmp_path)) == [3] and find_corruption(tmp_path / "set-aside-checkpoint-6") is None
 
 
 def test_contents_are_replaced_whole_or_not_at_all(tmp_path):

@@ -16,17 +16,13 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from benchmarks import bench_data
-from dfu_diffusers import data
-from dfu_diffusers.data import (
-    ImageDataset,
-    ImageStream,
-    UnusableImage,
-    build_cache,
-    ignore_signals,
-    load_table,
-    read_image,
-    read_size,
-)
+from dfu_diffusers.data import cache as cache_module
+from dfu_diffusers.data import streams
+from dfu_diffusers.data.cache import build_cache
+from dfu_diffusers.data.dataset import ImageDataset
+from dfu_diffusers.data.folders import load_table
+from dfu_diffusers.data.images import UnusableImage, read_image, read_size
+from dfu_diffusers.data.streams import ImageStream, ignore_signals
 
 datasets = pytest.importorskip("datasets")
 
@@ -570,9 +566,9 @@ def test_a_cache_is_built_once_and_extended(tmp_path, colourful, monkeypatch):
     first = (cache.folder / "16x16.npy").stat().st_mtime_ns
     assert SIZES[0] in cache and SIZES[1] not in cache
     built = []
-    fill = data._fill_cache
+    fill = cache_module._fill_cache
     monkeypatch.setattr(
-        data, "_fill_cache", lambda dataset, sizes, *rest: built.append(sizes) or fill(dataset, sizes, *rest)
+        cache_module, "_fill_cache", lambda dataset, sizes, *rest: built.append(sizes) or fill(dataset, sizes, *rest)
     )
     build_cache(dataset, SIZES, tmp_path / "cache")
     assert SIZES[1] in build_cache(dataset, SIZES, tmp_path / "cache") and built == [SIZES[1:]]
@@ -595,14 +591,14 @@ def test_another_source_or_mode_has_another_cache(tmp_path, colourful, open_fold
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_build_leaves_nothing(tmp_path, colourful, monkeypatch, stop):
-    dataset, fit, calls = ImageDataset(colourful), data._fit, itertools.count()
+    dataset, fit, calls = ImageDataset(colourful), cache_module._fit, itertools.count()
 
     def interrupted(*arguments):
         if next(calls) == 5:
             raise stop
         return fit(*arguments)
 
-    monkeypatch.setattr(data, "_fit", interrupted)
+    monkeypatch.setattr(cache_module, "_fit", interrupted)
     with pytest.raises(stop):
         build_cache(dataset, SIZES, tmp_path / "cache")
     assert not [*(tmp_path / "cache").rglob("*.npy"), *(tmp_path / "cache").rglob("*.partial")]
@@ -624,7 +620,7 @@ def test_a_killed_build_is_not_taken_for_complete(tmp_path, colourful):
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, colourful, monkeypatch):
     resource = pytest.importorskip("resource")
     dataset = ImageDataset(colourful)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match="needs 11,904 bytes, but only 10 are free"):
         build_cache(dataset, SIZES, tmp_path / "cache")
     monkeypatch.undo()
@@ -737,8 +733,8 @@ def test_a_stream_can_be_sent_to_a_spawned_worker(stream_table):
 
 def test_skipped_records_are_not_decoded(stream_table, monkeypatch):
     decoded = []
-    read = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda *arguments: decoded.append(1) or read(*arguments))
+    read = streams.read_image
+    monkeypatch.setattr(streams, "read_image", lambda *arguments: decoded.append(1) or read(*arguments))
     images_of(ImageStream(stream_table, batches_of(range(100, 104))))
     assert len(decoded) == 4
 

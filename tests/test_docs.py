@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -27,7 +26,7 @@ from examples import train_dfu  # noqa: E402
 pytest_plugins = "hub_stand_in"
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "reference.md")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 NOTEBOOK = ROOT / "examples" / "train_and_generate.ipynb"
 NOT_RUN = 0  # blocks under <!-- not run: reason -->, on all pages together
 OPTIONAL = {"peft", "torchmetrics"}  # a page ends at the first block that imports one that is not installed
@@ -140,7 +139,7 @@ def test_languages_and_exceptions():
     assert fences == 2 * len(all_blocks)  # none escaped the pattern
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "reference.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths(page):
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text)
@@ -151,8 +150,7 @@ def test_links_and_paths(page):
     assert [anchor for link, anchor in links if anchor and not link and anchor[1:] not in headings] == []
     paths = re.findall(r"(?<![\w/])(?:examples|benchmarks|checkpoints|tests|docs)/[\w./-]+\.\w+", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    if page.name != "reference.md":  # whose lines are the docstrings'
-        assert max(map(len, text.splitlines())) <= 130
+    assert max(map(len, text.splitlines())) <= 130
 
 
 def test_the_index_lists_every_page():
@@ -218,7 +216,7 @@ def test_command_lines(page, place, parse):
             extras = set(re.findall(r'"(\w+)"\]? ?[:=]', (ROOT / "setup.py").read_text()))
             assert all(name in extras for word in words for name in re.findall(r"\[(\w+)\]", word)), words
         elif words[:3] == ["python", "-m", "dfu_diffusers.hub"]:
-            parse(importlib.import_module("dfu_diffusers.hub").main, words[3:])
+            parse(importlib.import_module("dfu_diffusers.hub.__main__").main, words[3:])
         else:
             check_script(words, parse)
 
@@ -249,33 +247,6 @@ def check_training(options: list[str]) -> None:
         if not args.resume_from_checkpoint:  # the fixture's run lies where that of the reader will
             options = [*options, "--output_dir", "outputs/new"]
         train(*options, "--dry_run", "--report_to", "none", "--num_workers", "0")
-
-
-# --- The reference ---
-
-
-def test_the_reference_is_up_to_date():
-    make_reference = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
-    page = (ROOT / "docs" / "reference.md").read_text()
-    assert page == make_reference["reference"](), "run `python docs/make_reference.py`"
-    for name in (
-        "### DFUModel",
-        "### DFUPipeline",
-        "#### DFUPipeline.__call__",
-        "### EDMHeunScheduler",
-        "### push_folder",
-    ):
-        assert f"\n{name}\n" in page
-    assert "max_batch_size: int | None = None,\n" in page and "\n) -> ImagePipelineOutput | tuple" in page
-
-
-def test_the_reference_can_be_checked(tmp_path, monkeypatch):
-    main = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["main"]
-    monkeypatch.setitem(main.__globals__, "TARGET", tmp_path / "reference.md")
-    with pytest.raises(SystemExit, match="not up to date"):
-        main(["--check"])
-    main([])
-    main(["--check"])
 
 
 # --- The notebook ---

@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import nn
 
-from dfu_diffusers.ema import (
+from dfu_diffusers.training.ema import (
     HalfLifeEMA,
     PowerEMA,
     fit_profile,

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 
 pytest.importorskip("accelerate")
@@ -13,14 +15,24 @@ pytest.importorskip("matplotlib")
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 
-from dfu_diffusers import DFUPipeline, EDMHeunScheduler, evaluation, extractors, hub
-from dfu_diffusers.evaluation import METRICS, Collection, EvaluationError, Portraits, fourier_resize, lanczos_resize
+from dfu_diffusers import DFUPipeline, EDMHeunScheduler, hub
+from dfu_diffusers.evaluation import extractors
+from dfu_diffusers.evaluation.collections import Collection
+from dfu_diffusers.evaluation.report import METRICS
+from dfu_diffusers.evaluation.sources import (
+    EvaluationError,
+    ModelSource,
+    Portraits,
+    fourier_resize,
+    lanczos_resize,
+    to_bytes,
+)
 from examples import evaluate_dfu
 
 SIZES = ["--sizes", "16", "24", "20x31"]
 TINY = ["--num_images", "12", "--num_inference_steps", "2", "--batch_size", "5"]
 QUICK = ["fd", "kid", "coherence", "patch", "precision", "agreement"]
-CARD = f"---\nlicense: apache-2.0\n{hub.yaml.safe_dump(hub.METADATA)}---\n\n# tiny\n\nText that stays.\n"
+CARD = f"---\nlicense: apache-2.0\n{yaml.safe_dump(hub.METADATA)}---\n\n# tiny\n\nText that stays.\n"
 
 
 class Projection:
@@ -121,13 +133,13 @@ def test_a_run_leaves_table_curves_sheet_and_a_valid_card(tmp_path, model, monke
 
     text = (model / hub.CARD).read_text()
     hub.check_card(text)
-    results = hub.ModelCard(text).data.eval_results
+    results = ModelCard(text).data.eval_results
     assert "Text that stays." in text and len({result.metric_name for result in results}) == len(results) == 20
     protocol = "(projection, 12 images, 2 steps, plain noise)"
     value = next(each.metric_value for each in results if each.metric_name == f"FD at 20x31 px {protocol}")
     assert value == figures(tmp_path)["tiny", "20x31"]["fd"]
     evaluate(model, tmp_path, *options, "--metrics", "fd")  # nothing is drawn, none lost
-    assert len(hub.ModelCard((model / hub.CARD).read_text()).data.eval_results) == 20
+    assert len(ModelCard((model / hub.CARD).read_text()).data.eval_results) == 20
 
 
 def test_several_models_are_compared(tmp_path, model, make_model):
@@ -255,7 +267,7 @@ def test_baselines_have_the_size_asked_for(old, new):
     assert fourier_resize(images, new).shape == (2, 3, *new)
     assert torch.allclose(fourier_resize(images, old), images, atol=1e-5)
     for channels in (1, 3):
-        pixels = evaluation.to_bytes(images[:, :channels])
+        pixels = to_bytes(images[:, :channels])
         assert lanczos_resize(pixels, new).shape == (2, *new, channels)
         assert np.array_equal(lanczos_resize(pixels, old), pixels)
 
@@ -329,7 +341,7 @@ def test_other_bad_options_are_named(tmp_path, capsys, model, monkeypatch):
 
 def test_images_of_another_guide_are_other_images(make_model):
     unet, guides = make_model(), [None, make_model(), make_model(block_out_channels=(8, 8, 8))]
-    sources = [evaluation.ModelSource(DFUPipeline(unet, EDMHeunScheduler(), guide), 1) for guide in guides]
+    sources = [ModelSource(DFUPipeline(unet, EDMHeunScheduler(), guide), 1) for guide in guides]
     assert len({source.key((9, 8))["weights"] for source in sources}) == 3
 
 
@@ -346,4 +358,4 @@ def test_damaged_files_and_infinite_pixels_are_named(tmp_path, model, make_model
     with torch.no_grad():
         next(pipe.unet.parameters()).fill_(math.nan)
     with pytest.raises(EvaluationError, match="not finite at 9x8 px"):
-        evaluation.ModelSource(pipe, 1).draw([0], (9, 8))
+        ModelSource(pipe, 1).draw([0], (9, 8))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from benchmarks import train_portrait_reader as benchmark
-from dfu_diffusers import extractors
-from dfu_diffusers.extractors import (
+from dfu_diffusers.data.portraits import PARAMETERS, portrait_parameters, render_portraits
+from dfu_diffusers.evaluation import extractors
+from dfu_diffusers.evaluation.extractors import (
     PORTRAIT_READER,
     PortraitExtractor,
     PortraitReader,
@@ -20,7 +21,6 @@ from dfu_diffusers.extractors import (
     encode_parameters,
     load_extractor,
 )
-from dfu_diffusers.portraits import PARAMETERS, portrait_parameters, render_portraits
 
 HELD_OUT = benchmark.HELD_OUT
 

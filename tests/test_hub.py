@@ -15,20 +15,20 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.hub import (
+    TEMPLATE,
     HubError,
     card_head,
     check_card,
     check_push,
     convert,
     files_to_push,
-    main,
     model_card,
     push_folder,
 )
+from dfu_diffusers.hub.__main__ import main
 
 pytest_plugins = "hub_stand_in"
 
-TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 REPO = "me/tiny"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CODE = ["pipeline_dfu.py", "scheduler/scheduling_edm_heun.py", "unet/modeling_dfu.py"]

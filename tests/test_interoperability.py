@@ -11,8 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler, modeling_dfu
-from dfu_diffusers.portraits import portrait_parameters, render_portraits
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
+from dfu_diffusers.models import resampling, spectral
+from dfu_diffusers.models.layers import DualConv2d
 
 ATTENTION, CONV_1X1, CONV_3X3 = ["qkv", "proj"], ["skip"], ["spatial"]
 SPECTRAL = ["spectral.weight"]
@@ -345,10 +347,11 @@ def test_branch_for_symbolic_sizes(make_model, monkeypatch, conv_type, size):
     resize by."""
     model, x = make_model(conv_type=conv_type, fourier_modes=((4, 3), 2, (3, 2))), draw(2, 3, *size)
     expected = model(x, 0.1).sample
-    monkeypatch.setattr(modeling_dfu, "_is_symbolic", lambda *sizes: True)
-    modeling_dfu._cached_fourier_matrices.cache_clear()
+    for module in (resampling, spectral):
+        monkeypatch.setattr(module, "_is_symbolic", lambda *sizes: True)
+    spectral._cached_fourier_matrices.cache_clear()
     torch.testing.assert_close(model(x, 0.1).sample, expected, rtol=1e-4, atol=1e-5)
-    modeling_dfu._cached_fourier_matrices.cache_clear()
+    spectral._cached_fourier_matrices.cache_clear()
 
 
 def test_symbolic_resizing_at_all_sizes():
@@ -356,10 +359,10 @@ def test_symbolic_resizing_at_all_sizes():
     for n in range(1, 130):
         half = (n + 1) // 2
         x = draw(1, 2, n, 1, seed=n)
-        shrunk = modeling_dfu._resize_symbolic(x, half, 2)
-        torch.testing.assert_close(shrunk, modeling_dfu.resample(x, (half, 1)))
-        grown = modeling_dfu._resize_symbolic(shrunk, n, 2)
-        assert torch.equal(grown, modeling_dfu.resample(shrunk, (n, 1)))
+        shrunk = resampling._resize_symbolic(x, half, 2)
+        torch.testing.assert_close(shrunk, resampling.resample(x, (half, 1)))
+        grown = resampling._resize_symbolic(shrunk, n, 2)
+        assert torch.equal(grown, resampling.resample(shrunk, (n, 1)))
 
 
 SIZES = [(2, 22, 19), (1, 16, 16), (3, 33, 50), (1, 3, 7)]  # batch, height, width
@@ -389,7 +392,7 @@ def test_torch_export_of_one_size_keeps_the_modes_it_has(small_model):
 class DownAndUp(nn.Module):
     def __init__(self):
         super().__init__()
-        self.down, self.up = modeling_dfu.DualConv2d(2, 3, (4, 3)), modeling_dfu.DualConv2d(3, 2, None)
+        self.down, self.up = DualConv2d(2, 3, (4, 3)), DualConv2d(3, 2, None)
 
     def forward(self, x):
         height, width = x.shape[-2:]

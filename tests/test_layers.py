@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 from reference import spectral as ref
 from sampling import relative_error
 
-from dfu_diffusers import modeling_dfu
-from dfu_diffusers.modeling_dfu import (
-    DFUBlock,
-    DualConv2d,
-    SpectralConv2d,
-    _cached_fourier_matrices,
-    resample,
-)
+from dfu_diffusers.models import cpu_kernels
+from dfu_diffusers.models import spectral as spectral_module
+from dfu_diffusers.models.layers import DFUBlock, DualConv2d
+from dfu_diffusers.models.resampling import resample
+from dfu_diffusers.models.spectral import SpectralConv2d, _cached_fourier_matrices
 
 side = st.integers(1, 40)
 
@@ -345,7 +342,8 @@ def test_large_weights_pass_in_blocks(size, lowered, monkeypatch):
 
     expected = gradients()
     for numbers in (1, 3 * layer.weight[:4].numel(), layer.weight.numel()):
-        monkeypatch.setattr(modeling_dfu, "LARGE_WEIGHT", numbers)
+        for module in (cpu_kernels, spectral_module):
+            monkeypatch.setattr(module, "LARGE_WEIGHT", numbers)
         for ours, reference in zip(gradients(), expected):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
     layer.weight.requires_grad_(False)  # frozen: only the gradient of x is left to find
@@ -355,7 +353,8 @@ def test_large_weights_pass_in_blocks(size, lowered, monkeypatch):
 
 def test_large_weights_under_torch_func(monkeypatch):
     """Which cannot look into functions of our own."""
-    monkeypatch.setattr(modeling_dfu, "LARGE_WEIGHT", 1)
+    for module in (cpu_kernels, spectral_module):
+        monkeypatch.setattr(module, "LARGE_WEIGHT", 1)
     layer, x = spectral(3, 4, (5, 4)), draw(2, 3, 7, 5)
     torch.testing.assert_close(torch.func.vmap(lambda x: layer(x[None])[0])(x), layer(x))
     gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)

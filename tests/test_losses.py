@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from dfu_diffusers import EDMHeunScheduler
-from dfu_diffusers.augment import GeometricAugment
-from dfu_diffusers.losses import TrainingLoss, ValidationLoss, image_normals
+from dfu_diffusers.training.augment import GeometricAugment
+from dfu_diffusers.training.losses import TrainingLoss, ValidationLoss, image_normals
 
 SCHEDULER = EDMHeunScheduler()
 

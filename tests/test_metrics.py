@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dfu_diffusers import metrics
-from dfu_diffusers.metrics import (
+from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
+from dfu_diffusers.evaluation import metrics
+from dfu_diffusers.evaluation.metrics import (
     FeatureStatistics,
     agreement,
     box_downsample,
@@ -24,7 +25,6 @@ from dfu_diffusers.metrics import (
     spectrum_distance,
     wrap_seam,
 )
-from dfu_diffusers.portraits import portrait_parameters, render_portraits
 
 SIZES = [(8, 8), (13, 13), (7, 12), (17, 11), (31, 64)]
 
@@ -192,7 +192,7 @@ def test_kernel_distance_is_the_sum_over_pairs(monkeypatch):
     x, y = normals(9, 4), normals(7, 4, seed=1) + 0.3
     expected = float(mmd(x.numpy(), y.numpy()))
     assert kernel_distance(x, y)[0] == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr("dfu_diffusers.metrics._CHUNK", 20)  # two rows at a time
+    monkeypatch.setattr("dfu_diffusers.evaluation.metrics._CHUNK", 20)  # two rows at a time
     assert kernel_distance(x, y)[0] == pytest.approx(expected, rel=1e-12)
 
 
@@ -258,7 +258,7 @@ def test_precision_and_recall_of_equal_and_of_distant_sets(monkeypatch):
     assert precision_recall(x, x) == (1, 1)
     assert precision_recall(x, x + 100) == (0, 0)
     expected = precision_recall(x, 0.7 * normals(40, 6, seed=1))
-    monkeypatch.setattr("dfu_diffusers.metrics._CHUNK", 300)
+    monkeypatch.setattr("dfu_diffusers.evaluation.metrics._CHUNK", 300)
     assert precision_recall(x, 0.7 * normals(40, 6, seed=1)) == expected
     assert expected[0] > expected[1]  # less spread than there should be
 
@@ -366,7 +366,7 @@ def test_spectra_of_batches_average(monkeypatch):
     images = portraits(7, 20, 15)
     spectrum, parts = radial_spectrum(images), [radial_spectrum(part) for part in images.split([3, 4])]
     torch.testing.assert_close((3 * parts[0] + 4 * parts[1]) / 7, spectrum)
-    monkeypatch.setattr("dfu_diffusers.metrics._CHUNK", 2000)  # two images at a time
+    monkeypatch.setattr("dfu_diffusers.evaluation.metrics._CHUNK", 2000)  # two images at a time
     torch.testing.assert_close(radial_spectrum(images), spectrum)
 
 

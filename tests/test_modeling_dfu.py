@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 from sampling import relative_error
 
 from benchmarks.measure import LiveMemory
-from dfu_diffusers import DFUPipeline, modeling_dfu
-from dfu_diffusers.metrics import wrap_seam
-from dfu_diffusers.modeling_dfu import (
-    DFUModel,
-    DualConv2d,
-    SpectralConv2d,
-    _cached_fourier_matrices,
-    resample,
-)
+from dfu_diffusers import DFUPipeline
+from dfu_diffusers.evaluation.metrics import wrap_seam
+from dfu_diffusers.models import resampling, spectral
+from dfu_diffusers.models.dfu import DFUModel
+from dfu_diffusers.models.layers import DualConv2d
+from dfu_diffusers.models.resampling import resample
+from dfu_diffusers.models.spectral import SpectralConv2d, _cached_fourier_matrices
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 PORTRAITS = Path(__file__).parent.parent / "checkpoints" / "dfu-portraits"
@@ -59,7 +57,8 @@ def test_boundaries_of_symbolic_sizes(make_model, monkeypatch, size):
     model = make_model(fourier_modes=modes, spectral_boundary=("mirror", "periodic"), tileable="x")
     x = draw(2, 3, *size)
     expected = model(x, 0.1).sample
-    monkeypatch.setattr(modeling_dfu, "_is_symbolic", lambda *sizes: True)
+    for module in (resampling, spectral):
+        monkeypatch.setattr(module, "_is_symbolic", lambda *sizes: True)
     _cached_fourier_matrices.cache_clear()
     torch.testing.assert_close(model(x, 0.1).sample, expected, rtol=1e-4, atol=1e-5)
     _cached_fourier_matrices.cache_clear()

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from dfu_diffusers import DFUModel
-from dfu_diffusers.modeling_dfu import DFUAttention, SpectralConv2d
-from dfu_diffusers.parameter_groups import KINDS, freeze, parameter_groups, summary
+from dfu_diffusers.models.layers import DFUAttention
+from dfu_diffusers.models.spectral import SpectralConv2d
+from dfu_diffusers.training.freezing import KINDS, freeze, parameter_groups, summary
 
 CONFIG = json.loads((Path(__file__).parents[1] / "examples" / "configs" / "ffhq-96.json").read_text())
 AUTHORS_FREEZE = ["level:0", "level:1.norm", "level:1.spectral", "level:2.norm", "level:2.spectral"]

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from sampling import GaussianDenoiser, pipe_calls, relative_error, sample, seeded, spy
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.pipeline_dfu import nested_noise
+from dfu_diffusers.pipelines.noise import nested_noise
 
 SCHEDULERS = [EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sampling import GaussianDenoiser, seeded, silent
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.pipeline_dfu_inpaint import Membrane
+from dfu_diffusers.pipelines.inpaint import HarmonicInterpolation
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_without_a_seam_a_hole_takes_the_colour_around_it():
 def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed, share, periodic):
     x = torch.randn(2, 3, height, width, generator=seeded(seed))
     hole = torch.rand(2, 1, height, width, generator=seeded(seed + 1)) < share
-    spanned = Membrane(hole, periodic)(x)
+    spanned = HarmonicInterpolation(hole, periodic)(x)
     known = ~hole.expand_as(x)
     assert torch.equal(spanned[known], x[known]) and spanned.isfinite().all()
     for image, of, its_hole in zip(spanned, x, hole.expand_as(x)):
@@ -155,8 +155,8 @@ def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed,
             low, high = (kept.min(), kept.max()) if kept.numel() else (torch.zeros(()), torch.zeros(()))
             assert low - 1e-5 <= channel.min() and channel.max() <= high + 1e-5
     other = torch.where(hole, torch.full_like(x, 7.0), x)
-    assert torch.equal(Membrane(hole, periodic)(other), spanned)  # what lies in the hole plays no part
-    alone = [Membrane(hole[i : i + 1], periodic)(x[i : i + 1]) for i in range(2)]
+    assert torch.equal(HarmonicInterpolation(hole, periodic)(other), spanned)  # what lies in the hole plays no part
+    alone = [HarmonicInterpolation(hole[i : i + 1], periodic)(x[i : i + 1]) for i in range(2)]
     assert torch.equal(torch.cat(alone), spanned)
 
 
@@ -187,7 +187,7 @@ def test_a_membrane_comes_near_the_solution_of_laplace(joined, turned):
     def deviation(spanned):
         return ((spanned - expected)[hole].square().mean().sqrt() / expected[hole].std()).item()
 
-    assert deviation(Membrane(hole[None, None], periodic)(x[None, None])[0, 0]) < 0.12
+    assert deviation(HarmonicInterpolation(hole[None, None], periodic)(x[None, None])[0, 0]) < 0.12
     assert deviation(solve_laplace(x, hole, other)) > 0.24 and deviation(x[~hole].mean().expand_as(x)) > 0.9
 
 
@@ -197,7 +197,7 @@ def test_a_membrane_hangs_from_the_rim_alone(side):
     hole = torch.zeros(1, 1, side, side, dtype=torch.bool)
     hole[..., side // 2 :] = True
     x[..., side // 2 - 1] = 0.25
-    torch.testing.assert_close(Membrane(hole)(x)[hole], torch.full_like(x, 0.25)[hole])
+    torch.testing.assert_close(HarmonicInterpolation(hole)(x)[hole], torch.full_like(x, 0.25)[hole])
 
 
 # --- Masks ---

@@ -15,9 +15,10 @@ from PIL import Image
 from sampling import GaussianDenoiser, seeded, silent
 
 from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
-from dfu_diffusers import pipeline_dfu_super_resolution as module
-from dfu_diffusers.modeling_dfu import resample
-from dfu_diffusers.pipeline_dfu_super_resolution import AreaAverage, area_matrix, read_images, tile_windows
+from dfu_diffusers.models.resampling import resample
+from dfu_diffusers.pipelines import super_resolution as module
+from dfu_diffusers.pipelines.images import read_images
+from dfu_diffusers.pipelines.super_resolution import AreaAverage, area_matrix, tile_windows
 from examples import upscale_dfu
 
 SIDES = st.integers(1, 12)

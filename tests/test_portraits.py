@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfu_diffusers.portraits import (
+from dfu_diffusers.data.portraits import (
     PARAMETERS,
     PortraitDataset,
     _Canvas,

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -97,17 +98,18 @@ def test_checkpoints_survive_that_every_module_is_renamed(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "alone", self_contained=True)
     package = tmp_path / "later/dfu_diffusers"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    init = (package / "__init__.py").read_text()
-    for name in ("modeling_dfu", "pipeline_dfu", "scheduling_edm_heun"):
-        (package / f"{name}.py").rename(package / f"new_{name}.py")
-        init = init.replace(f"from .{name} ", f"from .new_{name} ")
-    (package / "__init__.py").write_text(init)
+    for wing in ("models", "pipelines", "schedulers"):
+        (package / wing).rename(package / f"new_{wing}")
+    for path in package.rglob("*.py"):
+        path.write_text(
+            re.sub(r"(?<=^from )(\.+)(?=models|pipelines|schedulers)", r"\1new_", path.read_text(), flags=re.M)
+        )
     code = f"""
 import sys
 sys.path.insert(0, {str(package.parent)!r})
 import dfu_diffusers
 from diffusers import DiffusionPipeline
-assert dfu_diffusers.DFUModel.__module__ == "dfu_diffusers.new_modeling_dfu"
+assert dfu_diffusers.DFUModel.__module__ == "dfu_diffusers.new_models.dfu"
 for pipe in (DiffusionPipeline.from_pretrained({str(tmp_path / "pipe")!r}),
              dfu_diffusers.DFUPipeline.from_pretrained({str(tmp_path / "alone")!r})):
     assert type(pipe.unet) is dfu_diffusers.DFUModel
@@ -130,7 +132,7 @@ def test_a_diffusers_without_the_places_is_named(monkeypatch, gone):
 
 def test_one_place_reaches_into_the_loading_of_diffusers():
     """No other file imports from its loading code, sets its attributes, or knows its table of classes."""
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         reaches = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and "pipeline_loading_utils" in (node.module or ""):
@@ -139,4 +141,4 @@ def test_one_place_reaches_into_the_loading_of_diffusers():
                 reaches.add(node.id)
             elif isinstance(node, ast.Attribute) and node.attr in ("_dict_from_json_file", "LOADABLE_CLASSES"):
                 reaches.add(node.attr)
-        assert bool(reaches) == (path.name == "__init__.py"), f"{path.name}: {reaches}"
+        assert bool(reaches) == (path == PACKAGE / "__init__.py"), f"{path.name}: {reaches}"

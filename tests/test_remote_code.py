@@ -1,5 +1,6 @@
 """Loading what others published: with this package or without it, and never their code or pickles unasked."""
 
+import ast
 import inspect
 import json
 import pickle
@@ -17,8 +18,10 @@ from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file, save_file
 
+import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.hub import check_push, push_folder
+from dfu_diffusers.pipelines.remote_code import REMOTE_CODE_MODULES, bundle
 
 pytest_plugins = "hub_stand_in"
 
@@ -153,8 +156,7 @@ def test_saving_with_the_code(pipe, folder, tmp_path):
     assert index["unet"] == ["modeling_dfu", "DFUModel"]
     assert index["scheduler"] == ["scheduling_edm_heun", "EDMHeunScheduler"]
     assert index["auto_map"] == {"AutoModel": "modeling_dfu.DFUModel"}
-    package = Path(sys.modules["dfu_diffusers"].__file__).parent
-    assert all(alone[name].decode() == (package / Path(name).name).read_text() for name in CODE)
+    assert all(alone[name].decode() == code_of(Path(name).stem) for name in CODE)
 
     pipe.save_pretrained(tmp_path / "later")  # the option holds for one call
     assert files_of(tmp_path / "later") == plain
@@ -168,12 +170,33 @@ def test_parts_of_diffusers_need_no_code(pipe, tmp_path):
     assert type(DFUPipeline.from_pretrained(tmp_path).scheduler) is diffusers.EDMEulerScheduler
 
 
-@pytest.mark.parametrize("name", sorted(CODE))
-def test_diffusers_sees_no_dependency_in_files_that_travel(name):
+def code_of(stem: str) -> str:
+    return bundle(getattr(dfu_diffusers, REMOTE_CODE_MODULES[stem]).__module__)
+
+
+@pytest.mark.parametrize("stem", REMOTE_CODE_MODULES)
+def test_diffusers_sees_no_dependency_in_files_that_travel(stem):
     """It reads imports from the text, docstrings included, and wants each of them installed or in the repository."""
-    text = (Path(sys.modules["dfu_diffusers"].__file__).parent / Path(name).name).read_text()
-    found = re.findall(r"^\s*(?:from|import)\s+(\.*\w*)", text, flags=re.MULTILINE)
-    assert set(found) <= {"torch", "diffusers"} | sys.stdlib_module_names
+    found = re.findall(r"^\s*(?:from|import)\s+(\.*\w*)", code_of(stem), flags=re.MULTILINE)
+    needs = {"numpy", "PIL"} if stem in ("pipeline_dfu_inpaint", "pipeline_dfu_super_resolution") else set()
+    assert set(found) <= {"torch", "diffusers"} | needs | sys.stdlib_module_names  # diffusers needs the others, too
+
+
+@pytest.mark.parametrize("stem", REMOTE_CODE_MODULES)
+def test_names_in_a_file_that_travels_mean_one_thing(stem):
+    """Its modules share one namespace: no two of them may define a name, or import other things under it."""
+    meanings = {}
+    for node in ast.parse(code_of(stem)).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in node.names:
+                meaning = (getattr(node, "module", None), name.name)
+                assert meanings.setdefault(name.asname or name.name, meaning) == meaning
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert meanings.setdefault(node.name, node) is node, node.name
+        elif isinstance(node, ast.Assign):
+            for name in ast.walk(node.targets[0]):
+                if isinstance(name, ast.Name):
+                    assert meanings.setdefault(name.id, node) is node, name.id
 
 
 # --- Nothing runs unasked ---

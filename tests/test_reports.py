@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from dfu_diffusers import DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.reports import Table, activation_bytes, plot_losses, sample_sheet, write_atomically
+from dfu_diffusers.files import write_atomically
+from dfu_diffusers.training.reports import Table, activation_bytes, plot_losses, sample_sheet
 
 FIELDS = ["step", "resolution", "loss"]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfu_diffusers.resolutions import MixedResolutionBatchSampler, parse_resolution, source_size
+from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler, parse_resolution, source_size
 
 SIZES = [(16, 16), (24, 24), (32, 48)]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import edm_sampler as ref
 
-from dfu_diffusers.scheduling_edm_heun import EDMHeunScheduler
+from dfu_diffusers.schedulers.edm_heun import EDMHeunScheduler
 
 
 def network_of(denoise, sigma_data=0.5, sign=1.0):

@@ -15,7 +15,7 @@ from reference.spectral import band_limited, coefficient
 from sampling import GaussianDenoiser, pipe_calls, relative_error, sample, seeded, spy
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.pipeline_dfu import fourier_basis, fourier_resample, growing_sizes, nested_noise, resize_bicubic
+from dfu_diffusers.pipelines.noise import fourier_basis, fourier_resample, growing_sizes, nested_noise, resize_bicubic
 
 SCHEDULERS = [EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler]
 

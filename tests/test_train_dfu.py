@@ -22,9 +22,9 @@ pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.ema import reconstruct
-from dfu_diffusers.parameter_groups import parameter_groups
-from dfu_diffusers.portraits import PortraitDataset
+from dfu_diffusers.data.portraits import PortraitDataset
+from dfu_diffusers.training.ema import reconstruct
+from dfu_diffusers.training.freezing import parameter_groups
 from examples import train_dfu
 
 pytest_plugins = "hub_stand_in"

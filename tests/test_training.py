@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from dfu_diffusers import EDMHeunScheduler
-from dfu_diffusers.ema import HalfLifeEMA, PowerEMA
-from dfu_diffusers.losses import TrainingLoss
-from dfu_diffusers.resolutions import MixedResolutionBatchSampler
-from dfu_diffusers.training import TrainingStep, WeightAverages
+from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler
+from dfu_diffusers.training.ema import HalfLifeEMA, PowerEMA
+from dfu_diffusers.training.losses import TrainingLoss
+from dfu_diffusers.training.step import TrainingStep, WeightAverages
 
 
 def image(draw):
@@ -91,7 +91,7 @@ def test_freed_memory_is_kept():
     """Pages that the system has to hand out for tensors like those just freed, with and without."""
     script = """if True:
         import resource, sys, torch
-        from dfu_diffusers.training import keep_freed_memory
+        from dfu_diffusers.training.step import keep_freed_memory
         if sys.argv[1] == "keep":
             assert keep_freed_memory()
         for step in range(12):

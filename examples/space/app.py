@@ -26,8 +26,8 @@ from huggingface_hub import ModelCard
 from PIL import Image, ImageOps
 
 from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
-from dfu_diffusers.pipeline_dfu import STRATEGIES
-from dfu_diffusers.resolutions import format_resolution, parse_resolution
+from dfu_diffusers.data.resolutions import format_resolution, parse_resolution
+from dfu_diffusers.pipelines.dfu import STRATEGIES
 
 HERE = Path(__file__).resolve().parent
 MODEL = os.environ.get("DFU_MODEL", str(HERE.parent.parent / "checkpoints" / "dfu-portraits"))

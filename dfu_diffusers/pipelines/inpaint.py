@@ -6,8 +6,6 @@ of the step (the projection of DDNM, arXiv 2212.00490, whose operator is the mas
 step as in RePaint, arXiv 2201.09865). What a denoised image lacks at the rim of the hole is carried into it by a
 membrane, so that tones go on across the edge (the harmonic interpolation of Poisson image editing, Perez et al. 2003,
 at each call in place of once at the end).
-
-This file imports torch, diffusers, what diffusers needs and its neighbours only, so that it can travel with them.
 """
 
 from collections.abc import Callable
@@ -18,8 +16,8 @@ import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from PIL import Image
 
-from .pipeline_dfu import DFUPipeline
-from .pipeline_dfu_super_resolution import middle_of_schedule, read_images
+from .dfu import DFUPipeline
+from .images import middle_of_schedule, read_images
 
 SWEEPS = 10  # over each grid of a membrane
 
@@ -84,7 +82,7 @@ class DFUInpaintPipeline(DFUPipeline):
             callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
             max_batch_size: the network sees at most so many images at once, to bound memory. The images stay the same.
             guidance_scale: as in `DFUPipeline`; 1 switches it off.
-            seamless: span a `Membrane` over the hole from what each denoised image lacks at its rim, and add it there.
+            seamless: add the `HarmonicInterpolation`, over the hole, of what each denoised image lacks at its rim.
                 Leave it out for images whose neighbouring pixels have nothing to do with each other.
 
         Returns:
@@ -122,7 +120,7 @@ class DFUInpaintPipeline(DFUPipeline):
         latents = self.scheduler.add_noise(start, latents.to(device, torch.float32), timesteps[:1])
 
         # 3. Denoise. Known pixels move straight from their noise to the image, as far as each step goes.
-        membrane = Membrane(hole, self._periodic) if seamless else None
+        membrane = HarmonicInterpolation(hole, self._periodic) if seamless else None
 
         def project(denoised, latents):
             if membrane is not None:
@@ -141,7 +139,7 @@ class DFUInpaintPipeline(DFUPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-class Membrane:
+class HarmonicInterpolation:
     """What spans the holes of an image from the known pixels at their rims: each pixel there is nearly the mean of its
     neighbours.
 
@@ -155,7 +153,7 @@ class Membrane:
     >>> slope = torch.arange(6.0).expand(1, 1, 6, 6)
     >>> hole = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
     >>> hole[..., 2:4, 2:4] = True
-    >>> torch.allclose(Membrane(hole)(slope.masked_fill(hole, 99)), slope, atol=1e-3)
+    >>> torch.allclose(HarmonicInterpolation(hole)(slope.masked_fill(hole, 99)), slope, atol=1e-3)
     True
     """
 

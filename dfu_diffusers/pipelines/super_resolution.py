@@ -4,8 +4,6 @@
 An image is resized, noised to a middle level of the sampler's schedule and denoised from there (SDEdit, arXiv
 2108.01073). With `consistency` every denoised image on the way is moved to the nearest one whose area averages are the
 given pixels (null-space projection, DDNM, arXiv 2212.00490, Equation 13).
-
-This file imports torch, diffusers, what diffusers needs and its neighbour only, so that it can travel with it.
 """
 
 import math
@@ -17,11 +15,12 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
 
-from .pipeline_dfu import DFUPipeline, _check_count, _is_number, resize_bicubic
+from .checks import _check_count, _is_number
+from .dfu import DFUPipeline
+from .images import middle_of_schedule, read_images
+from .noise import resize_bicubic
 
 logger = logging.get_logger(__name__)
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
 TOLERANCE = 0.4 / 255  # of area averages before rounding to 8 bits, which adds at most 0.5 / 255; pixels in [0, 1]
 MAX_PROJECTIONS = 1000  # a saturated cell of s x s pixels closes a share of about 1/s^2 of its gap in each
 
@@ -75,7 +74,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
                 at least one, are left when the image comes in, noised to the level at which they begin. Low values
                 keep what bicubic interpolation makes of the image; 1 keeps what `consistency` asks for, nothing more.
             num_inference_steps: steps of the whole schedule.
-            consistency: the result, area-averaged to the size of the image (`resample` of modeling_dfu), is the image:
+            consistency: the result, area-averaged to the size of the image (`resample` of models), is the image:
                 to 1/255 in each pixel after clamping and rounding to 8 bits. Under a factor that is no integer there
                 may be no such image in [0, 1]; then a warning says by how much it is missed. Below a factor of 2 that
                 is common, unless the image was made from one of the new size by averaging, and the attempt does harm:
@@ -172,9 +171,6 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         return output
 
 
-# --- Area averages ---
-
-
 class AreaAverage:
     """The images of another size whose area averages are the given ones, and how to get to the nearest of them.
 
@@ -231,9 +227,6 @@ def area_matrix(cells: int, pixels: int) -> torch.Tensor:
     return covered.clamp(min=0).double() / pixels
 
 
-# --- Tiles ---
-
-
 def tile_windows(side: int, tile: int, overlap: int) -> list[tuple[slice, torch.Tensor]]:
     """Places of tiles along a side of an image, evenly spread, and the weights of their pixels, which sum to one.
 
@@ -264,94 +257,6 @@ def _checked_tiles(tile_size: int | None, tile_overlap: int | None) -> tuple[int
     if not 0 <= tile_overlap < tile_size:
         raise ValueError(f"`tile_overlap` must lie in [0, {tile_size}), below `tile_size`, but got {tile_overlap}.")
     return int(tile_size), int(tile_overlap)
-
-
-# --- Inputs, also of the inpainting pipeline ---
-
-
-def middle_of_schedule(scheduler, num_inference_steps: int, strength: float, device) -> torch.Tensor:
-    """Set the scheduler to begin with the last `round(strength * num_inference_steps)` steps; their timesteps.
-
-    Raises:
-        ValueError, TypeError: `strength` outside (0, 1], or a scheduler that is none of EDM.
-    """
-    if not _is_number(strength):
-        raise TypeError(f"`strength` must be a number in (0, 1], but got {strength!r}.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"`strength` must lie in (0, 1], but got {strength}: 1 takes all steps, less only the last.")
-    if not hasattr(scheduler, "precondition_outputs"):
-        raise ValueError(
-            f"The scheduler must know EDM's denoised image, but {type(scheduler).__name__} does not: use "
-            "`EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`."
-        )
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    count = scheduler.num_inference_steps
-    begin = scheduler.order * (count - max(1, round(strength * count)))  # Heun has two timesteps to a step
-    scheduler.set_begin_index(begin)
-    return scheduler.timesteps[begin:]
-
-
-def read_images(images, channels: int, name: str = "image") -> torch.Tensor:
-    """Images in any of diffusers' forms as (batch, channels, H, W) float32 in [0, 1].
-
-    Args:
-        images: a PIL image; an array (H, W), (H, W, channels) or (batch, H, W, channels); a tensor (H, W), (channels,
-            H, W) or (batch, channels, H, W); or a list of these. Arrays and tensors hold bytes, or floats in [0, 1].
-        channels: how many to expect. Pillow's grey images become RGB; nothing else is converted.
-        name: of the argument, for messages.
-
-    Raises:
-        ValueError, TypeError: other channels, sizes that differ, no pixels, values outside [0, 1].
-    """
-    batches = [_read(part, channels, name) for part in (images if isinstance(images, (list, tuple)) else [images])]
-    sizes = sorted({f"{batch.shape[-2]}x{batch.shape[-1]}" for batch in batches})
-    if len(sizes) != 1:
-        raise ValueError(
-            f"`{name}` must be at least one image, and all of one size, but got {', '.join(sizes) or 'none'}: call "
-            "the pipeline once for each size."
-        )
-    return torch.cat(batches)
-
-
-def _read(image, channels: int, name: str) -> torch.Tensor:
-    if isinstance(image, Image.Image):
-        image = np.array(_in_mode(image, channels, name))
-    if isinstance(image, np.ndarray):
-        image = np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)  # torch knows no negative strides
-        image = torch.from_numpy(image).movedim(-1, -3)
-    if not torch.is_tensor(image):
-        raise TypeError(
-            f"`{name}` must be a PIL image, an array, a tensor or a list of these, but got {type(image).__name__}."
-        )
-    batch = image[(None,) * max(0, 4 - image.ndim)]
-    if batch.ndim != 4 or batch.shape[1] != channels or batch.numel() == 0:
-        raise ValueError(
-            f"`{name}` must have {channels} channels and at least one pixel, but has shape {tuple(image.shape)} (with "
-            "the channels before height and width, as in tensors): convert it, or use a model for such images."
-        )
-    if batch.dtype == torch.uint8:
-        return batch.float() / 255
-    if not (batch.is_floating_point() or batch.dtype == torch.bool):
-        raise TypeError(f"`{name}` must hold bytes (uint8) or floats in [0, 1], but holds {batch.dtype}: convert it.")
-    if not (batch.min() >= 0 and batch.max() <= 1):  # so said, NaN is caught, too
-        raise ValueError(
-            f"`{name}` must hold floats in [0, 1], but they reach from {batch.min():.4g} to {batch.max():.4g}, or are "
-            "not all numbers: scale them."
-        )
-    return batch.float()
-
-
-def _in_mode(image: Image.Image, channels: int, name: str) -> Image.Image:
-    """Pillow's mode for so many channels, if getting there loses nothing."""
-    mode = MODES.get(channels)
-    if image.mode == mode or mode is None:
-        return image
-    if image.mode in ("1", "L") or (image.mode == "P" and mode == "RGB" and "transparency" not in image.info):
-        return image.convert(mode)
-    raise ValueError(
-        f"`{name}` is of mode {image.mode}, but the model's images have {channels} channels, mode {mode}: "
-        f'`convert("{mode}")` it, which may lose something.'
-    )
 
 
 def _target_size(size: tuple[int, int], height, width, scale) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .modeling_dfu import resample
+from ..models.resampling import resample
 
 _CHUNK = 2**22  # numbers in a temporary array: 32 MiB in float64
 

@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .portraits import PARAMETERS
+from ..data.portraits import PARAMETERS
 
-PORTRAIT_READER = Path(__file__).resolve().parent.parent / "checkpoints" / "portrait-reader"
+PORTRAIT_READER = Path(__file__).resolve().parent.parent / "assets" / "portrait-reader"
 
 CIRCULAR = ("shirt_hue", "stripe_phase", "background_hue")  # their highest value means the same as their lowest
 
@@ -53,7 +53,7 @@ def encode_parameters(parameters: torch.Tensor) -> torch.Tensor:
 def decode_parameters(code: torch.Tensor) -> torch.Tensor:
     """The inverse of `encode_parameters`; numbers beyond a parameter's range give its nearest value.
 
-    >>> from dfu_diffusers.portraits import portrait_parameters
+    >>> from dfu_diffusers.data.portraits import portrait_parameters
     >>> faces = portrait_parameters(range(9))
     >>> torch.allclose(decode_parameters(encode_parameters(faces)), faces, atol=1e-4)
     True
@@ -241,7 +241,7 @@ class Extractor:
 
 
 class PortraitExtractor(Extractor):
-    """Features and parameters of portraits by a `PortraitReader`; see the README.md of checkpoints/portrait-reader.
+    """Features and parameters of portraits by a `PortraitReader`; see the README.md of dfu_diffusers/assets/portrait-reader.
 
     >>> extractor = PortraitExtractor(PortraitReader())
     >>> extractor(torch.zeros(2, 3, 20, 33)).shape, extractor.read_parameters(torch.zeros(2, 3, 64, 64)).shape

@@ -4,14 +4,14 @@
 import copy
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-from .resolutions import Size
+from ..data.resolutions import Size
+from ..files import write_atomically
 
 
 class Table:
@@ -108,13 +108,6 @@ def sheet_sizes(resolutions: Sequence[Size]) -> list[Size]:
     sizes = sorted(set(resolutions), key=lambda size: (size[0] * size[1], size))
     height, width = sizes[-1]
     return sizes + [(round(factor * height), round(factor * width)) for factor in (1.5, 2)]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that an interruption leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
 
 
 def activation_bytes(model, batch_size: int, size: Size) -> int:

@@ -96,7 +96,7 @@ def _write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(files, indent=2, sort_keys=True) + "\n")
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is missing or truncated in a checkpoint, in words; None if nothing is."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
@@ -131,8 +131,8 @@ def choose_checkpoint(resume: str | None, output: Path) -> Path | None:
     if not found:
         raise CheckpointError(f"--resume_from_checkpoint {resume}: no such checkpoint-STEP in {output}.")
     folder = found[max(found)]
-    if problem := damage(folder):
-        intact = [path for path in find_checkpoints(folder.parent).values() if not damage(path)]
+    if problem := find_corruption(folder):
+        intact = [path for path in find_checkpoints(folder.parent).values() if not find_corruption(path)]
         remedy = f"Resume from --resume_from_checkpoint {intact[-1]}" if intact else "No other one is intact"
         raise CheckpointError(f"{folder} is damaged: {problem}. {remedy}.")
     return folder

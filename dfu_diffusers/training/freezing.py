@@ -18,7 +18,9 @@ import re
 
 from torch import nn
 
-from .modeling_dfu import DFUAttention, DFUBlock, DFUModel, DualConv2d, SpectralConv2d
+from ..models.dfu import DFUModel
+from ..models.layers import DFUAttention, DFUBlock, DualConv2d
+from ..models.spectral import SpectralConv2d
 
 KINDS = ("spatial", "spectral", "norm", "attention", "skip", "embedding")
 

@@ -1,17 +1,9 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Image generation at any height and width with a DFU model (arXiv 2401.06144) and an EDM sampler.
-
-This file imports torch, diffusers and the standard library only, so that it can travel inside a Hub repository.
-"""
+"""Image generation at any height and width with a DFU model (arXiv 2401.06144) and an EDM sampler."""
 
 import contextlib
 import inspect
-import json
 import math
-import numbers
-import operator
-import re
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,18 +11,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import _check_count, _check_positive, _is_number
+from .noise import fourier_resample, growing_sizes, nested_noise, resize_bicubic
+from .remote_code import REMOTE, code_files
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRATEGIES = ("direct", "guided", "cascade")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-REMOTE = "diffusers_modules"  # where diffusers puts code that came with a repository
-NOISE_LEVELS = 32  # octaves of frequency on an axis: room for sides of up to 2^31 pixels
 
 
 class DFUPipeline(DiffusionPipeline):
@@ -260,10 +253,10 @@ class DFUPipeline(DiffusionPipeline):
         # 3. Denoise
         timesteps, growth, project = self.scheduler.timesteps, {}, None
         if strategy == "guided" and small != (height, width):
-            project = partial(self._with_layout, small, run["predict"])
+            project = partial(self._replace_low_frequencies, small, run["predict"])
         elif strategy == "cascade":
             set_timesteps = partial(self._set_timesteps, num_inference_steps, noise_shift=noise_shift)
-            grow = partial(self._grow, set_timesteps, draw_noise, cascade_hold)
+            grow = partial(self._start_stage, set_timesteps, draw_noise, cascade_hold)
             timesteps, growth = self._cascade(small, (height, width), cascade_sigma, set_timesteps, grow)
         switches = {
             "use_tileable": tileable,
@@ -410,7 +403,9 @@ class DFUPipeline(DiffusionPipeline):
 
     # --- Beyond the training size ---
 
-    def _with_layout(self, size: tuple[int, int], predict: Callable, denoised: torch.Tensor, latents: torch.Tensor):
+    def _replace_low_frequencies(
+        self, size: tuple[int, int], predict: Callable, denoised: torch.Tensor, latents: torch.Tensor
+    ):
         """`denoised` with the low frequencies of what the network makes of `latents` on the grid `size`.
 
         Cut to these frequencies the sample is an image on the small grid with noise that is white there, too, of a
@@ -437,7 +432,9 @@ class DFUPipeline(DiffusionPipeline):
         set_timesteps(small)
         return timesteps, growth
 
-    def _grow(self, set_timesteps, draw_noise, hold: float, size: tuple, begin: int, images: torch.Tensor) -> tuple:
+    def _start_stage(
+        self, set_timesteps, draw_noise, hold: float, size: tuple, begin: int, images: torch.Tensor
+    ) -> tuple:
         """Enlarge `images` and give them the noise of network call `begin`, where the scheduler now starts.
 
         Returns the noisy images, and what holds the low frequencies of the denoised ones at those of `images`.
@@ -630,187 +627,3 @@ class DFUPipeline(DiffusionPipeline):
         if labels.shape != (batch_size,) or labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"`class_labels` must be {allowed}, but got {class_labels!r}.")
         return labels.to(self._execution_device, torch.long)
-
-
-# --- Noise ---
-
-
-def nested_noise(
-    shape: tuple[int, int, int, int],
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """White unit noise that is the same function at every size: the counterpart of diffusers' `randn_tensor`.
-
-    Every pixel is an independent N(0, 1), and every Fourier mode (in cycles per image, pixel j of N at (j + 1/2)/N)
-    has one and the same coefficient at all sizes that resolve it, below the Nyquist frequency of both axes, in units
-    of white noise (norm="ortho"). What makes it white is that it is an orthogonal transform, `fourier_basis`, of the
-    corner (H, W) of one endless array of independent normals.
-
-    The normals are drawn on the CPU in blocks of an octave by an octave of frequencies, each from a seed of its own.
-    Only the seeds come from `generator`, which so advances by the same amount at every size.
-
-    Args:
-        shape: (batch, channels, H, W), any H, W >= 1.
-        generator: source of the seeds; a list has one for each image. By default torch's own on the CPU.
-        device, dtype: of the result, which is computed on the CPU: the same on all devices.
-
-    >>> small, large = (nested_noise((1, 3, n, n), torch.Generator().manual_seed(0)) for n in (32, 96))
-    >>> torch.allclose(small.mean() * 32, large.mean() * 96, atol=1e-5)  # mode (0, 0) is the sum over sqrt(H W)
-    True
-    """
-    batch, channels, height, width = map(int, shape)  # also of NumPy's integers
-    generators = generator if isinstance(generator, list) else [generator] * batch
-    normals = torch.stack([_endless_normals(channels, height, width, each) for each in generators])
-    rows, columns = (fourier_basis(n, n).to(normals) for n in (height, width))
-    return (rows.T @ normals @ columns).to(device, dtype)
-
-
-def _endless_normals(channels: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
-    """The corner (channels, height, width), float32, of an endless array of normals."""
-    device = "cpu" if generator is None else generator.device
-    table = (NOISE_LEVELS, NOISE_LEVELS)
-    seeds = torch.randint(2**32, table, generator=generator, device=device).tolist()  # more bits a CPU seed has not
-    normals, source = torch.empty(channels, height, width, device="cpu"), torch.Generator("cpu")
-    for row_seeds, (top, bottom) in zip(seeds, _octaves(height)):
-        for seed, (left, right) in zip(row_seeds, _octaves(width)):
-            shape = (channels, bottom - top, right - left)
-            block = torch.randn(shape, generator=source.manual_seed(seed), device="cpu")  # not the default device
-            normals[:, top:bottom, left:right] = block[:, : height - top, : width - left]
-    return normals
-
-
-def _octaves(side: int) -> list[tuple[int, int]]:
-    """0..1, 1..2, 2..4, 4..8 and so on, as many as cover `side`."""
-    return [(0, 1)] + [(2**level, 2 ** (level + 1)) for level in range((side - 1).bit_length())]
-
-
-def fourier_resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """x (batch, channels, H, W) on the grid `size`: the same function less the frequencies that one grid has not.
-
-    White noise stays white, its deviation multiplied by sqrt(h w / (H W)) where the grid shrinks to h, w. Shrinking
-    undoes enlarging.
-    """
-    rows, columns = (_resampling_matrix(old, new).to(x) for old, new in zip(x.shape[-2:], size))
-    return rows @ x @ columns.T
-
-
-def _resampling_matrix(old: int, new: int) -> torch.Tensor:
-    count = min(old, new)
-    return fourier_basis(count, new).T @ fourier_basis(count, old) * math.sqrt(new / old)
-
-
-def fourier_basis(count: int, n: int) -> torch.Tensor:
-    """The lowest `count` <= n functions of the real, pixel-centred Fourier basis on n pixels: (count, n), orthonormal.
-
-    Row 0 is constant; rows 2k - 1 and 2k are the sine and cosine of k cycles per image. For even n the last row, the
-    sine at the Nyquist frequency, has no cosine beside it: at the pixel centres that is zero. float64, on the CPU.
-    """
-    row = torch.arange(count, device="cpu")
-    cycles = (row + 1) // 2
-    phase = torch.outer(cycles, 2 * torch.arange(n, device="cpu") + 1) % (2 * n)  # integers: exact to the last bit
-    angle = phase.double() * (math.pi / n)
-    alone = (cycles == 0) | (2 * cycles == n)
-    scale = torch.where(alone, 1, 2).double().div(n).sqrt()
-    return scale[:, None] * torch.where((row % 2 == 1)[:, None], angle.sin(), angle.cos())
-
-
-def resize_bicubic(
-    x: torch.Tensor, size: tuple[int, int], periodic: tuple[bool, bool] = (False, False), antialias: bool = False
-) -> torch.Tensor:
-    """x (batch, channels, H, W) on the grid `size`; along `periodic` axes opposite edges are neighbours."""
-    frames = []
-    for dim, old, new, joined in zip((2, 3), x.shape[-2:], size, periodic):
-        step = old // math.gcd(old, new)  # so many pixels are a whole number of new ones
-        frame = joined * step * math.ceil(2 * max(1, old / new) / step)  # as wide as the kernel reaches
-        if joined:
-            x = x.index_select(dim, torch.arange(-frame, old + frame, device=x.device) % old)
-        frames.append(frame * new // old)
-    (top, left), (height, width) = frames, size
-    framed = (height + 2 * top, width + 2 * left)
-    x = F.interpolate(x, framed, mode="bicubic", align_corners=False, antialias=antialias)
-    return x[..., top : top + height, left : left + width]
-
-
-def growing_sizes(small: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes on the way from `small`, exclusive, to `size`: as few as can be with factors of at most 2, all equal.
-
-    >>> growing_sizes((64, 64), (192, 192)), growing_sizes((32, 64), (64, 128)), growing_sizes((64, 64), (64, 64))
-    ([(111, 111), (192, 192)], [(64, 128)], [])
-    """
-    factor = max(large / little for large, little in zip(size, small))
-    stages = math.ceil(math.log2(factor) - 1e-9)
-    ratios = [(large / little) ** (1 / stages) for large, little in zip(size, small)] if stages else []
-    return [tuple(round(side * ratio**i) for side, ratio in zip(small, ratios)) for i in range(1, stages + 1)]
-
-
-# --- Saved folders ---
-
-
-def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
-    """What makes a saved pipeline self-contained: the modules of our classes, with those that they import from beside
-    them, and a model_index.json that names the classes.
-
-    Args:
-        folder: the pipeline as diffusers saved it.
-        pipeline_class: its class.
-
-    Returns:
-        The text of each file by its path in the folder.
-    """
-    index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
-    files = {}
-
-    def add(cls: type, place: str = "") -> list[str]:
-        source = Path(sys.modules[cls.__module__].__file__)
-        files.update({place + path.name: path.read_text(encoding="utf-8") for path in with_neighbours(source)})
-        return [source.stem, cls.__name__]
-
-    packages = (__name__.split(".")[0], REMOTE)
-    ours = [
-        name for name, value in index.items() if isinstance(value, list) and str(value[0]).split(".")[0] in packages
-    ]
-    for name in ours:
-        library, class_name = index[name]
-        index[name] = add(getattr(sys.modules[library], class_name), f"{name}/")
-    if pipeline_class.__module__.split(".")[0] in packages:  # a pipeline of diffusers stays a plain name
-        index["_class_name"] = add(pipeline_class)
-    if "unet" in ours:  # AutoModel asks here, not in unet/config.json
-        index["auto_map"] = {"AutoModel": ".".join(index["unet"])}
-    files["model_index.json"] = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    return files
-
-
-def with_neighbours(module: Path) -> list[Path]:
-    """The file of a module, and those of the modules beside it that it imports, and they, and so on."""
-    found = [module]
-    for path in found:  # which grows on the way
-        names = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
-        found += [other for name in names if (other := path.with_name(f"{name}.py")) not in found]
-    return found
-
-
-def _is_number(value) -> bool:
-    """Python's and NumPy's real numbers are; booleans are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_positive(name: str, value) -> None:
-    if not _is_number(value):
-        raise TypeError(f"`{name}` must be a positive number, but got {value!r}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be a positive number, but got {value!r}.")
-
-
-def _check_count(name: str, value) -> None:
-    """Python's and NumPy's integers pass; booleans, although integers to Python and to NumPy before 2.3, do not."""
-    try:
-        count = None if type(value).__name__ in ("bool", "bool_") else operator.index(value)
-    except TypeError:
-        count = None
-    wrong = f"`{name}` must be an integer of at least 1, but got {value!r}: pass one, or leave it out for the default."
-    if count is None:
-        raise TypeError(wrong)
-    if count < 1:
-        raise ValueError(wrong)

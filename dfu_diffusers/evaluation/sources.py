@@ -1,0 +1,156 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Sources of images: a model, upsampling, real images; and how pixels are resized and kept."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.portraits import portrait_parameters, render_portraits
+from ..data.resolutions import Size, format_resolution
+
+HELD_OUT_SERIES = 20_002  # of portraits: neither trained on (--seed) nor validated on (--seed + 10_001)
+
+
+class EvaluationError(ValueError):
+    """What cannot be measured, and what to do; one line."""
+
+
+def to_bytes(images: torch.Tensor) -> np.ndarray:
+    """(n, c, h, w) in [-1, 1] to (n, h, w, c) uint8, what lies outside clipped."""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_floats(pixels: np.ndarray) -> torch.Tensor:
+    """The opposite of `to_bytes`, in colour: (n, h, w, 1 or 3) uint8 to (n, 3, h, w) float32 in [-1, 1]."""
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return images.expand(-1, 3, -1, -1).contiguous()
+
+
+def fourier_resize(images: torch.Tensor, size: Size) -> torch.Tensor:
+    """Zero-pad the spectrum of (n, c, h, w), or cut it: the band-limited function through the pixels at other centres.
+
+    Pixel j of N is the cell around (j + 1/2)/N of a periodic function, as everywhere in this package.
+
+    >>> wave = torch.cos(2 * torch.pi * (torch.arange(8) + 0.5) / 8).expand(1, 1, 8, 8)
+    >>> expected = torch.cos(2 * torch.pi * (torch.arange(12) + 0.5) / 12).expand(1, 1, 12, 12)
+    >>> torch.allclose(fourier_resize(wave, (12, 12)), expected, atol=1e-6)
+    True
+    """
+    rows, columns = (_fourier_matrix(*sides).to(images) for sides in zip(images.shape[-2:], size))
+    return rows @ images @ columns.T
+
+
+def _fourier_matrix(old: int, new: int) -> torch.Tensor:
+    """(new, old): the sum over the modes k of both grids of exp(2 pi i k (y - x)) / old, in float64."""
+    x, y = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (old, new))
+    k = torch.arange(1, (min(old, new) - 1) // 2 + 1, dtype=torch.float64)
+    matrix = 1 + 2 * torch.cos(2 * torch.pi * k * (y[:, None] - x)[..., None]).sum(-1)
+    if old % 2 == 0 and new >= old:  # what alternates from pixel to pixel is a sine, zero between its samples
+        matrix += torch.sin(torch.pi * old * y)[:, None] * torch.sin(torch.pi * old * x)
+    return matrix / old
+
+
+def lanczos_resize(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """Pillow's Lanczos filter, antialiased where it shrinks: (n, h, w, c) uint8 at another size."""
+    images = [Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in pixels]
+    resized = [np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS)) for image in images]
+    return np.stack(resized).reshape(len(pixels), *size, -1)
+
+
+class ModelSource:
+    """A pipeline's images: number i from seed i, noise drawn on the CPU, classes in turn.
+
+    Args:
+        pipe: a `DFUPipeline`, its scheduler included.
+        steps: `num_inference_steps`.
+        nested_noise: noise whose low Fourier modes agree at all sizes, see the pipeline; otherwise plain one.
+        options: more arguments of the pipeline, such as `strategy`.
+    """
+
+    def __init__(self, pipe, steps: int, nested_noise: bool = True, **options):
+        self.pipe, self.steps, self.nested_noise, self.options = pipe, steps, nested_noise, options
+        self.digest = weights_digest(pipe.unet)
+        if pipe.guide is not None:
+            self.digest += " guided by " + weights_digest(pipe.guide)
+
+    def key(self, size: Size) -> dict:
+        config = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
+        name = f"{type(self.pipe.scheduler).__name__} {_digest(json.dumps(config, sort_keys=True).encode())}"
+        noise = "nested" if self.nested_noise else "plain"
+        return {"weights": self.digest, "steps": self.steps, "scheduler": name, "noise": noise, **self.options}
+
+    def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
+        """(n, h, w, c) uint8."""
+        height, width = size
+        classes = self.pipe.unet.config.num_class_embeds
+        images = self.pipe(
+            batch_size=len(indices), height=height, width=width, num_inference_steps=self.steps,
+            class_labels=[seed % classes for seed in indices] if classes else None, nested_noise=self.nested_noise,
+            generator=[torch.Generator().manual_seed(seed) for seed in indices], output_type="latent", **self.options,
+        ).images  # fmt: skip
+        if not images.isfinite().all():
+            raise EvaluationError(f"The model gives pixels that are not finite at {format_resolution(size)} px.")
+        return to_bytes(images)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Names a model by its configuration and weights, wherever and in whatever files these lie."""
+    digest = hashlib.sha256()
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:20]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:20]
+
+
+class Resized:
+    """The images of a collection brought to other sizes by "lanczos" or "fourier": the baseline of upsampling."""
+
+    def __init__(self, samples, method: str):
+        self.samples, self.method = samples, method
+
+    def key(self, size: Size) -> dict:
+        return {**self.samples.source.key(size), "from": format_resolution(self.samples.size), "method": self.method}
+
+    def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
+        pixels = self.samples.pixels(indices)
+        if self.method == "lanczos":
+            return lanczos_resize(pixels, size)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).double().div(127.5).sub(1)
+        return to_bytes(fourier_resize(images, size))
+
+
+class Portraits:
+    """Procedural portraits that no run of the trainer with its usual seeds has seen, rendered at the size itself."""
+
+    length = 2**31
+
+    def key(self, size: Size) -> dict:
+        return {"data": f"portraits-{HELD_OUT_SERIES}", "filter": "rendered"}
+
+    def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
+        return to_bytes(render_portraits(portrait_parameters(indices, HELD_OUT_SERIES), *size))
+
+
+class Pictures:
+    """Images of an `ImageDataset` in an order of chance, centre-cropped and shrunk by antialiased Lanczos."""
+
+    def __init__(self, dataset, seed: int = 0):
+        self.dataset, self.length = dataset, len(dataset)
+        self.order = np.random.default_rng((seed, 4)).permutation(self.length)
+
+    def key(self, size: Size) -> dict:
+        return {"data": f"{self.dataset.fingerprint}, {self.length} images", "filter": "lanczos"}
+
+    def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
+        items = self.dataset.__getitems__([(int(self.order[i]), size) for i in indices])
+        return to_bytes(torch.stack([item["image"] for item in items]))

@@ -1,0 +1,12 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Files that are whole or not there."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file as a whole, so that an interruption leaves the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="")
+    os.replace(partial, path)

@@ -1,0 +1,61 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""A saved pipeline's folder: its components, its code, its card."""
+
+import json
+import re
+from pathlib import Path
+
+CARD, INDEX = "README.md", "model_index.json"
+
+
+class HubError(Exception):
+    """What keeps a model from the Hub, in one line that names the remedy."""
+
+
+def _index(folder: Path) -> dict:
+    try:
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        reason = "is no folder" if not folder.is_dir() else f"holds no {INDEX} that can be read ({error})"
+        raise HubError(f"{folder} {reason}: name one that DFUPipeline.save_pretrained wrote.") from error
+
+
+def _components(folder: Path) -> list[str]:
+    """Names of the pipeline's components, each a folder of that name."""
+    index = _index(folder)
+    names = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and any(value)]
+    for name in names:
+        if not re.fullmatch(r"\w+", name):  # "../elsewhere" would publish what lies beside the pipeline
+            raise HubError(
+                f"{folder / INDEX} lists a component {name!r}, which is no name of a folder: save it again."
+            )
+    return names
+
+
+def _code(folder: Path) -> list[Path]:
+    """The modules of a self-contained pipeline, which its model_index.json names, with those that they import from
+    beside them; none of a plain one."""
+    index = _index(folder)
+    places = {"_class_name": folder, **{name: folder / name for name in _components(folder)}}
+    named = [(places[name], str(index[name][0])) for name in places if isinstance(index.get(name), list)]
+    paths = [place / f"{module}.py" for place, module in named if re.fullmatch(r"\w+", module)]
+    return list(dict.fromkeys(each for path in paths if path.is_file() for each in with_neighbours(path)))
+
+
+def _read_card(folder: Path) -> str | None:
+    path = folder / CARD
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def with_neighbours(module: Path) -> list[Path]:
+    """The file of a module, and those of the modules beside it that it imports, and they, and so on."""
+    found = [module]
+    for path in found:  # which grows on the way
+        names = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found += [other for name in names if (other := path.with_name(f"{name}.py")) not in found]
+    return found

@@ -1,0 +1,95 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Given images: how they are read, and where in the schedule they come in."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .checks import _is_number
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
+
+
+def read_images(images, channels: int, name: str = "image") -> torch.Tensor:
+    """Images in any of diffusers' forms as (batch, channels, H, W) float32 in [0, 1].
+
+    Args:
+        images: a PIL image; an array (H, W), (H, W, channels) or (batch, H, W, channels); a tensor (H, W), (channels,
+            H, W) or (batch, channels, H, W); or a list of these. Arrays and tensors hold bytes, or floats in [0, 1].
+        channels: how many to expect. Pillow's grey images become RGB; nothing else is converted.
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError, TypeError: other channels, sizes that differ, no pixels, values outside [0, 1].
+    """
+    batches = [_read(part, channels, name) for part in (images if isinstance(images, (list, tuple)) else [images])]
+    sizes = sorted({f"{batch.shape[-2]}x{batch.shape[-1]}" for batch in batches})
+    if len(sizes) != 1:
+        raise ValueError(
+            f"`{name}` must be at least one image, and all of one size, but got {', '.join(sizes) or 'none'}: call "
+            "the pipeline once for each size."
+        )
+    return torch.cat(batches)
+
+
+def _read(image, channels: int, name: str) -> torch.Tensor:
+    if isinstance(image, Image.Image):
+        image = np.array(_in_mode(image, channels, name))
+    if isinstance(image, np.ndarray):
+        image = np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)  # torch knows no negative strides
+        image = torch.from_numpy(image).movedim(-1, -3)
+    if not torch.is_tensor(image):
+        raise TypeError(
+            f"`{name}` must be a PIL image, an array, a tensor or a list of these, but got {type(image).__name__}."
+        )
+    batch = image[(None,) * max(0, 4 - image.ndim)]
+    if batch.ndim != 4 or batch.shape[1] != channels or batch.numel() == 0:
+        raise ValueError(
+            f"`{name}` must have {channels} channels and at least one pixel, but has shape {tuple(image.shape)} (with "
+            "the channels before height and width, as in tensors): convert it, or use a model for such images."
+        )
+    if batch.dtype == torch.uint8:
+        return batch.float() / 255
+    if not (batch.is_floating_point() or batch.dtype == torch.bool):
+        raise TypeError(f"`{name}` must hold bytes (uint8) or floats in [0, 1], but holds {batch.dtype}: convert it.")
+    if not (batch.min() >= 0 and batch.max() <= 1):  # so said, NaN is caught, too
+        raise ValueError(
+            f"`{name}` must hold floats in [0, 1], but they reach from {batch.min():.4g} to {batch.max():.4g}, or are "
+            "not all numbers: scale them."
+        )
+    return batch.float()
+
+
+def _in_mode(image: Image.Image, channels: int, name: str) -> Image.Image:
+    """Pillow's mode for so many channels, if getting there loses nothing."""
+    mode = MODES.get(channels)
+    if image.mode == mode or mode is None:
+        return image
+    if image.mode in ("1", "L") or (image.mode == "P" and mode == "RGB" and "transparency" not in image.info):
+        return image.convert(mode)
+    raise ValueError(
+        f"`{name}` is of mode {image.mode}, but the model's images have {channels} channels, mode {mode}: "
+        f'`convert("{mode}")` it, which may lose something.'
+    )
+
+
+def middle_of_schedule(scheduler, num_inference_steps: int, strength: float, device) -> torch.Tensor:
+    """Set the scheduler to begin with the last `round(strength * num_inference_steps)` steps; their timesteps.
+
+    Raises:
+        ValueError, TypeError: `strength` outside (0, 1], or a scheduler that is none of EDM.
+    """
+    if not _is_number(strength):
+        raise TypeError(f"`strength` must be a number in (0, 1], but got {strength!r}.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"`strength` must lie in (0, 1], but got {strength}: 1 takes all steps, less only the last.")
+    if not hasattr(scheduler, "precondition_outputs"):
+        raise ValueError(
+            f"The scheduler must know EDM's denoised image, but {type(scheduler).__name__} does not: use "
+            "`EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`."
+        )
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    count = scheduler.num_inference_steps
+    begin = scheduler.order * (count - max(1, round(strength * count)))  # Heun has two timesteps to a step
+    scheduler.set_begin_index(begin)
+    return scheduler.timesteps[begin:]

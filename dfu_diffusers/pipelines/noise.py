@@ -1,0 +1,119 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Noise that is one function at all sizes, and moving images between grids."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+NOISE_LEVELS = 32  # octaves of frequency on an axis: room for sides of up to 2^31 pixels
+
+
+def nested_noise(
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """White unit noise that is the same function at every size: the counterpart of diffusers' `randn_tensor`.
+
+    Every pixel is an independent N(0, 1), and every Fourier mode (in cycles per image, pixel j of N at (j + 1/2)/N)
+    has one and the same coefficient at all sizes that resolve it, below the Nyquist frequency of both axes, in units
+    of white noise (norm="ortho"). What makes it white is that it is an orthogonal transform, `fourier_basis`, of the
+    corner (H, W) of one endless array of independent normals.
+
+    The normals are drawn on the CPU in blocks of an octave by an octave of frequencies, each from a seed of its own.
+    Only the seeds come from `generator`, which so advances by the same amount at every size.
+
+    Args:
+        shape: (batch, channels, H, W), any H, W >= 1.
+        generator: source of the seeds; a list has one for each image. By default torch's own on the CPU.
+        device, dtype: of the result, which is computed on the CPU: the same on all devices.
+
+    >>> small, large = (nested_noise((1, 3, n, n), torch.Generator().manual_seed(0)) for n in (32, 96))
+    >>> torch.allclose(small.mean() * 32, large.mean() * 96, atol=1e-5)  # mode (0, 0) is the sum over sqrt(H W)
+    True
+    """
+    batch, channels, height, width = map(int, shape)  # also of NumPy's integers
+    generators = generator if isinstance(generator, list) else [generator] * batch
+    normals = torch.stack([_endless_normals(channels, height, width, each) for each in generators])
+    rows, columns = (fourier_basis(n, n).to(normals) for n in (height, width))
+    return (rows.T @ normals @ columns).to(device, dtype)
+
+
+def _endless_normals(channels: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """The corner (channels, height, width), float32, of an endless array of normals."""
+    device = "cpu" if generator is None else generator.device
+    table = (NOISE_LEVELS, NOISE_LEVELS)
+    seeds = torch.randint(2**32, table, generator=generator, device=device).tolist()  # more bits a CPU seed has not
+    normals, source = torch.empty(channels, height, width, device="cpu"), torch.Generator("cpu")
+    for row_seeds, (top, bottom) in zip(seeds, _octaves(height)):
+        for seed, (left, right) in zip(row_seeds, _octaves(width)):
+            shape = (channels, bottom - top, right - left)
+            block = torch.randn(shape, generator=source.manual_seed(seed), device="cpu")  # not the default device
+            normals[:, top:bottom, left:right] = block[:, : height - top, : width - left]
+    return normals
+
+
+def _octaves(side: int) -> list[tuple[int, int]]:
+    """0..1, 1..2, 2..4, 4..8 and so on, as many as cover `side`."""
+    return [(0, 1)] + [(2**level, 2 ** (level + 1)) for level in range((side - 1).bit_length())]
+
+
+def fourier_resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """x (batch, channels, H, W) on the grid `size`: the same function less the frequencies that one grid has not.
+
+    White noise stays white, its deviation multiplied by sqrt(h w / (H W)) where the grid shrinks to h, w. Shrinking
+    undoes enlarging.
+    """
+    rows, columns = (_resampling_matrix(old, new).to(x) for old, new in zip(x.shape[-2:], size))
+    return rows @ x @ columns.T
+
+
+def _resampling_matrix(old: int, new: int) -> torch.Tensor:
+    count = min(old, new)
+    return fourier_basis(count, new).T @ fourier_basis(count, old) * math.sqrt(new / old)
+
+
+def fourier_basis(count: int, n: int) -> torch.Tensor:
+    """The lowest `count` <= n functions of the real, pixel-centred Fourier basis on n pixels: (count, n), orthonormal.
+
+    Row 0 is constant; rows 2k - 1 and 2k are the sine and cosine of k cycles per image. For even n the last row, the
+    sine at the Nyquist frequency, has no cosine beside it: at the pixel centres that is zero. float64, on the CPU.
+    """
+    row = torch.arange(count, device="cpu")
+    cycles = (row + 1) // 2
+    phase = torch.outer(cycles, 2 * torch.arange(n, device="cpu") + 1) % (2 * n)  # integers: exact to the last bit
+    angle = phase.double() * (math.pi / n)
+    alone = (cycles == 0) | (2 * cycles == n)
+    scale = torch.where(alone, 1, 2).double().div(n).sqrt()
+    return scale[:, None] * torch.where((row % 2 == 1)[:, None], angle.sin(), angle.cos())
+
+
+def resize_bicubic(
+    x: torch.Tensor, size: tuple[int, int], periodic: tuple[bool, bool] = (False, False), antialias: bool = False
+) -> torch.Tensor:
+    """x (batch, channels, H, W) on the grid `size`; along `periodic` axes opposite edges are neighbours."""
+    frames = []
+    for dim, old, new, joined in zip((2, 3), x.shape[-2:], size, periodic):
+        step = old // math.gcd(old, new)  # so many pixels are a whole number of new ones
+        frame = joined * step * math.ceil(2 * max(1, old / new) / step)  # as wide as the kernel reaches
+        if joined:
+            x = x.index_select(dim, torch.arange(-frame, old + frame, device=x.device) % old)
+        frames.append(frame * new // old)
+    (top, left), (height, width) = frames, size
+    framed = (height + 2 * top, width + 2 * left)
+    x = F.interpolate(x, framed, mode="bicubic", align_corners=False, antialias=antialias)
+    return x[..., top : top + height, left : left + width]
+
+
+def growing_sizes(small: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Sizes on the way from `small`, exclusive, to `size`: as few as can be with factors of at most 2, all equal.
+
+    >>> growing_sizes((64, 64), (192, 192)), growing_sizes((32, 64), (64, 128)), growing_sizes((64, 64), (64, 64))
+    ([(111, 111), (192, 192)], [(64, 128)], [])
+    """
+    factor = max(large / little for large, little in zip(size, small))
+    stages = math.ceil(math.log2(factor) - 1e-9)
+    ratios = [(large / little) ** (1 / stages) for large, little in zip(size, small)] if stages else []
+    return [tuple(round(side * ratio**i) for side, ratio in zip(small, ratios)) for i in range(1, stages + 1)]
