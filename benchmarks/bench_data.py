@@ -13,7 +13,6 @@ that of the fastest turn: on a shared machine the others tell more about the nei
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,9 +26,7 @@ from dfu_diffusers.data.cache import build_cache
 from dfu_diffusers.data.dataset import ImageDataset
 from dfu_diffusers.data.folders import load_table
 from dfu_diffusers.data.portraits import PortraitDataset
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import report  # noqa: E402
+from dfu_diffusers.evaluation.tables import report
 
 
 def write_photos(folder: Path, count: int, size: int) -> None:

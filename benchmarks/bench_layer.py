@@ -2,14 +2,14 @@
 """What does a dual convolution cost beside its 3x3 convolution, and its spectral part beside other Fourier layers?
 
     python benchmarks/bench_layer.py [--cases forward:64:16 training:64:4] [--dtypes float32 bfloat16]
-    python benchmarks/bench_layer.py --official_src DFU   # also the layer in a checkout of the authors' code
+    PYTHONPATH=DFU python benchmarks/bench_layer.py --official_layer training.networks:SpectralConv2d   # the authors'
 
 A case is KIND:SIZE:BATCH with KIND forward or training (forward and backward), for layers of --channels and --modes.
 Contenders, in turns:
     spectral         SpectralConv2d
     rfft2            the textbook: rfft2, einsum over the kept modes, irfft2; on grids that hold the modes
     neuraloperator   its SpectralConv, if it is installed (`pip install neuraloperator`)
-    official         --official_layer of --official_src, made as Layer(in, out, rows, columns)
+    official         --official_layer, made as Layer(in, out, rows, columns)
     convolution      3x3
     dual             DualConv2d: the 3x3 convolution, and the spectral part accumulated into it
 Columns: their times; how many times as long the others take as ours; dual / convolution; operations a second of the
@@ -20,53 +20,18 @@ others keep float32 weights: forward passes in bfloat16 go without them, and in 
 """
 
 import importlib
-import sys
-from pathlib import Path
 
 import torch
 
+from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.models.layers import DualConv2d
 from dfu_diffusers.models.spectral import SpectralConv2d
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import (  # noqa: E402
-    gemm_peak,
-    milliseconds,
-    operations,
-    parse,
-    parse_case,
-    parser,
-    peak_bytes,
-    race,
-    ratio,
-    report,
-)
+from measure import gemm_peak, milliseconds, operations, parse_case, parser, peak_bytes, race, ratio
+from textbook import RfftSpectralConv2d
 
 OURS = ("spectral", "convolution", "dual")
 CASES = ["forward:32:1", "forward:33:4", "forward:64:1", "forward:64:16", "forward:160:4", "forward:256:1"]
 CASES += ["forward:512:1", "training:32:4", "training:64:4"]
-
-
-class RfftSpectralConv2d(torch.nn.Module):
-    """The textbook Fourier layer: full rfft2, complex einsum over the kept modes, full irfft2, onto the grid `size`.
-    Grids that do not hold all modes take part in fewer."""
-
-    def __init__(self, in_channels: int, out_channels: int, modes: tuple[int, int]):
-        super().__init__()
-        self.out_channels, (self.r, self.c) = out_channels, modes
-        weight = torch.randn(2, in_channels, out_channels, self.r, self.c, dtype=torch.complex64)
-        self.weight = torch.nn.Parameter(torch.view_as_real(weight / in_channels**0.5))
-
-    def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-        size = tuple(size or x.shape[-2:])
-        height, width = map(min, x.shape[-2:], size)
-        r, c = min(self.r, max(1, height // 2)), min(self.c, width // 2 + 1)
-        modes = torch.fft.rfft2(x, norm="forward")
-        out = modes.new_zeros(x.shape[0], self.out_channels, size[0], size[1] // 2 + 1)
-        for rows, weight in zip((slice(r), slice(-r, None)), torch.view_as_complex(self.weight.float())):
-            kept = (..., rows, slice(c))
-            out[kept] = torch.einsum("bikl,iokl->bokl", modes[kept], weight[kept])
-        return torch.fft.irfft2(out, s=size, norm="forward")
 
 
 def neuraloperator_layer(channels: int, modes: tuple[int, int]):
@@ -79,9 +44,8 @@ def neuraloperator_layer(channels: int, modes: tuple[int, int]):
 
 
 def official_layer(args, modes: tuple[int, int]):
-    if not args.official_src:
+    if not args.official_layer:
         return None
-    sys.path.insert(0, args.official_src)
     module, name = args.official_layer.split(":")
     return getattr(importlib.import_module(module), name)(args.channels, args.channels, *modes)
 
@@ -158,8 +122,7 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options.add_argument("--channels", type=int, default=128)
     options.add_argument("--modes", type=int, nargs=2, default=(16, 9))
-    options.add_argument("--official_src", metavar="DIR", help="a checkout of the authors' code that you have")
-    options.add_argument("--official_layer", default="training.networks:SpectralConv2d", metavar="MODULE:CLASS")
+    options.add_argument("--official_layer", metavar="MODULE:CLASS", help="of the authors' code, found by PYTHONPATH")
     args = parse(options, argv)
     modes = tuple(args.modes)
     layers = {dtype: contenders(args, modes) for dtype in args.dtypes}

@@ -18,31 +18,26 @@ operators that the dual model spends most time in.
 """
 
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 
 from dfu_diffusers import DFUModel
+from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.models.layers import DualConv2d
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.bench_layer import RfftSpectralConv2d  # noqa: E402
-from benchmarks.measure import (  # noqa: E402
+from measure import (
     CONFIGS,
     allow_tf32,
     gemm_peak,
     milliseconds,
     operations,
-    parse,
     parse_case,
     parser,
     peak_bytes,
     race,
     ratio,
-    report,
 )
+from textbook import RfftSpectralConv2d
 
 CASES = ["forward:32:1", "forward:32:4", "forward:64:4", "forward:96:4", "forward:128:4", "forward:256:1"]
 CASES += ["forward:512:1", "training:32:4", "training:64:4"]

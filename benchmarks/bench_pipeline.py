@@ -13,17 +13,14 @@ final copy to the CPU aside it never should. Writes the pictures beside each oth
 """
 
 import statistics
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 from dfu_diffusers import DFUPipeline
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import ROOT, allow_tf32, parse, parser, peak_bytes, race, ratio, report  # noqa: E402
+from dfu_diffusers.evaluation.tables import parse, report
+from measure import ROOT, allow_tf32, parser, peak_bytes, race, ratio
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 ADDITIONS = ("fixed", "compiled", "graphs")

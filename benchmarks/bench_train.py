@@ -17,22 +17,25 @@ does, for PRESET:SIZE:BATCH under bfloat16 autocast. Processes of both kinds tak
 import argparse
 import contextlib
 import io
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.measure import ratio, report  # noqa: E402
-from examples import train_dfu  # noqa: E402
+from dfu_diffusers.evaluation.tables import report
+from measure import ratio
+
+train_dfu = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "examples" / "train_dfu.py")))
 
 
-def prepare(size: int, batch_size: int, steps: int, folder: str, options: list[str]) -> train_dfu.Run:
+def prepare(size: int, batch_size: int, steps: int, folder: str, options: list[str]):
     """The script, up to its first step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = ["--resolutions", size, "--batch_size", batch_size, "--max_train_steps", steps, "--output_dir", folder]
@@ -40,7 +43,7 @@ def prepare(size: int, batch_size: int, steps: int, folder: str, options: list[s
     return train_dfu.Run(train_dfu.parse_args(list(map(str, argv))))
 
 
-def step_seconds(run: train_dfu.Run, size: int) -> list[tuple[float, float]]:
+def step_seconds(run, size: int) -> list[tuple[float, float]]:
     """Seconds of a bare step and of the script's own, in turns, the first two pairs left out."""
     images = torch.randn(run.args.batch_size, 3, size, size, device=run.accelerator.device)
     # A target like the real one: from zeros, gradients would soon be so small that the processor slows down.
@@ -66,7 +69,7 @@ def step_seconds(run: train_dfu.Run, size: int) -> list[tuple[float, float]]:
         return [(seconds(bare, n), seconds(script, n)) for n in range(1, run.args.max_train_steps + 1)][2:]
 
 
-def loader_rate(run: train_dfu.Run) -> float:
+def loader_rate(run) -> float:
     """Images per second that the loader delivers when nothing else is done."""
     started, count = time.perf_counter(), 0
     for batch in run.loader:

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from dfu_diffusers import DFUPipeline
+from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.pipelines.dfu import STRATEGIES
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import ROOT, parse, report  # noqa: E402
+from measure import ROOT
 
 
 def draw(size: int, args) -> dict:

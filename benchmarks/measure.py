@@ -4,17 +4,14 @@
     python benchmarks/measure.py README.md docs/performance.md
 
 writes the tables of these pages anew: each stands behind a line `<!-- FILE.csv: COLUMN; COLUMN -->` and takes these
-columns of a file in benchmarks/results. `COLUMN=TITLE` gives one another title, `COLUMN==VALUE` keeps only the rows
-with this value, without a column of their own.
+columns of a file in benchmarks/results or experiments/results. `COLUMN=TITLE` gives one another title, `COLUMN==VALUE`
+keeps only the rows with this value, without a column of their own.
 """
 
 import argparse
 import csv
-import platform
 import re
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dfu_diffusers.evaluation.tables import markdown
 from dfu_diffusers.training.step import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,15 +37,6 @@ def parser(doc: str, turns: int) -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=int, default=turns, help="of each contender; what is printed is a median")
     parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.md")
     return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
-    """The arguments, and as `words` what was said: a table names the command that made it."""
-    args = parser.parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else list(argv)
-    if getattr(args, "threads", None):
-        torch.set_num_threads(args.threads)
-    return args
 
 
 def parse_case(case: str, device: str) -> tuple[str, int, int]:
@@ -154,53 +143,6 @@ def peak_bytes(run: Callable, device: str = "cpu") -> int:
 # Tables
 
 
-def setting(device: str) -> dict:
-    """Where a figure comes from: device, threads, versions and commit."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
-
-
-def cpu_name() -> str:
-    """What Linux calls the processor, or Python's word for it elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def markdown(rows: list[dict]) -> str:
-    """A table of rows with the same keys; numbers to three digits."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def report(rows: list[dict], title: str, command: str, args) -> None:
-    """Print the table and, with --output, write it as CSV, with the setting in each row, and as Markdown."""
-    where = setting(args.device)
-    command = shlex.join([*command.split(), *getattr(args, "words", [])])
-    text = f"{title} By `{command}`; " + ", ".join(f"{name} {value}" for name, value in where.items()) + ".\n\n"
-    print(text + markdown(rows))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".md").write_text(text + markdown(rows), encoding="utf-8")
-        with open(args.output.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, **where} for row in rows)
-
-
 def with_tables(page: str) -> str:
     """The text of a page with the tables that its comments ask for."""
     pattern = r"(<!-- ([\w.-]+\.csv): (.*?) -->\n\n?)(?:\|.*\n)*"
@@ -208,7 +150,7 @@ def with_tables(page: str) -> str:
 
 
 def _table(file: str, columns: list[str]) -> str:
-    with open(ROOT / "benchmarks" / "results" / file, encoding="utf-8", newline="") as source:
+    with open(next(ROOT.glob(f"*/results/{file}")), encoding="utf-8", newline="") as source:
         rows = list(csv.DictReader(source))
     for column in [column for column in columns if "==" in column]:
         name, value = column.split("==")

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, hub
+from dfu_diffusers.command_line import count, device_name, git_commit, natural, number, resolution
 from dfu_diffusers.data.dataset import ImageDataset
 from dfu_diffusers.data.folders import load_table
 from dfu_diffusers.data.resolutions import Size, format_resolution
@@ -42,9 +43,7 @@ from dfu_diffusers.evaluation.sources import EvaluationError, ModelSource, Pictu
 from dfu_diffusers.files import write_atomically
 from dfu_diffusers.pipelines.dfu import STRATEGIES
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # as a script it lies beside the other examples
-from examples.generate_dfu import CHECKPOINT  # noqa: E402
-from examples.train_dfu import count, device_name, git_commit, natural, number, resolution  # noqa: E402
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 
 FACTORS = (1, 4 / 3, 5 / 3, 2)  # of the training size: the default of --sizes
 

@@ -8,27 +8,17 @@ the seeds are 7, 8, 9 and 10, at each size. Writes OUTPUT_DIR/seed7_64x96.png an
 """
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.utils.torch_utils import get_device
 
-from dfu_diffusers import DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUPipeline
+from dfu_diffusers.command_line import DTYPES, SCHEDULERS, check_model_and_seed, usable_device
 from dfu_diffusers.data.resolutions import parse_resolution
 from dfu_diffusers.pipelines.dfu import STRATEGIES
 
-SCHEDULERS = {"heun": EDMHeunScheduler, "euler": EDMEulerScheduler, "dpm": EDMDPMSolverMultistepScheduler}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
-
-
-def usable_device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # PyTorch has both for a device that is not there
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -60,16 +50,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", type=usable_device, default=get_device(), help="default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/generated"))
     return parser
-
-
-def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Also for examples/upscale_dfu.py, which has the same two options."""
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")
-    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
-        parser.error(
-            f"--model: there is no folder {args.model}; name a saved pipeline, or its id on the Hub (user/name)"
-        )
 
 
 def main(argv=None) -> list[Path]:

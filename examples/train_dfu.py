@@ -19,7 +19,6 @@ import json
 import math
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -40,6 +39,7 @@ from tqdm.auto import tqdm
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler, hub
+from dfu_diffusers.command_line import count, device_name, git_commit, natural, number, positive, resolution
 from dfu_diffusers.data.cache import build_cache
 from dfu_diffusers.data.dataset import ImageDataset
 from dfu_diffusers.data.folders import load_table
@@ -47,7 +47,6 @@ from dfu_diffusers.data.portraits import PortraitDataset
 from dfu_diffusers.data.resolutions import (
     MixedResolutionBatchSampler,
     format_resolution,
-    parse_resolution,
     source_size,
 )
 from dfu_diffusers.data.streams import ImageStream, ignore_signals
@@ -78,30 +77,6 @@ HELD_OUT_PORTRAITS = 10_001  # added to --seed: the series of portraits that val
 
 
 SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)  # --no-OPTION overrules a file of options
-
-
-def number(kind, low, high=math.inf, open_low=False):
-    """A type for argparse: an int or float of a range."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high:
-            bounds = f"{'greater than' if open_low else 'at least'} {low}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}" + (f", at most {high}" * math.isfinite(high)))
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-count, natural, positive = number(int, 1), number(int, 0), number(float, 0, open_low=True)
-
-
-def resolution(text: str) -> tuple[int, int]:
-    try:
-        return parse_resolution(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -764,22 +739,6 @@ class Run:
 
 def public_options(args) -> dict:
     return {k: [format_resolution(s) for s in v] if "resolutions" in k else v for k, v in sorted(vars(args).items())}
-
-
-def git_commit() -> str | None:
-    command = ["git", "-C", str(EXAMPLES), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # installed without its repository
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.processor() or device.type
 
 
 @contextlib.contextmanager

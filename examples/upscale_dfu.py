@@ -10,7 +10,6 @@ Writes OUTPUT_DIR/portrait_86x86.png and so on (height x width).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -18,10 +17,10 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image, ImageOps
 
 from dfu_diffusers import DFUSuperResolutionPipeline
+from dfu_diffusers.command_line import DTYPES, SCHEDULERS, check_model_and_seed, usable_device
 from dfu_diffusers.pipelines.images import MODES
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from examples.generate_dfu import CHECKPOINT, DTYPES, SCHEDULERS, check_model_and_seed, usable_device  # noqa: E402
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -11,25 +11,24 @@ from accelerate.state import AcceleratorState
 from conftest import redraw
 from PIL import Image
 
-from benchmarks import (
+import measure
+import pictures
+from benchmarks import bench_layer, bench_model, bench_pipeline, bench_train, large_images
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from dfu_diffusers.evaluation.tables import report
+from dfu_diffusers.models.spectral import SpectralConv2d
+from examples import evaluate_dfu, train_dfu
+from experiments import (
     ablations,
-    bench_layer,
-    bench_model,
-    bench_pipeline,
-    bench_train,
     compare_precisions,
     compare_strategies,
     experiment,
     heldout_loss,
     inpaint,
-    large_images,
-    measure,
     one_seed,
     super_resolution,
 )
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from dfu_diffusers.models.spectral import SpectralConv2d
-from examples import evaluate_dfu, train_dfu
+from textbook import RfftSpectralConv2d
 
 # --- Speed and memory ---
 
@@ -64,7 +63,7 @@ def test_tables_are_taken_from_results(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     rows = [{"size": 32, "dtype": "float32", "ratio": 1.23456}, {"size": 64, "dtype": "bfloat16", "ratio": 1234.5}]
     args = argparse.Namespace(device="cpu", output=tmp_path / "benchmarks" / "results" / "layer")
-    measure.report(rows, "A title.", "python x.py", args)
+    report(rows, "A title.", "python x.py", args)
     assert "A title. By `python x.py`; device" in args.output.with_suffix(".md").read_text()
     page = "Before.\n\n<!-- layer.csv: size; ratio=times -->\n\n| old |\n|---|\n| 1 |\n\nAfter.\n"
     updated = measure.with_tables(page)
@@ -88,22 +87,23 @@ def copy_weights(ours, theirs):
 
 
 def test_the_rfft2_layer_is_the_same_function():
-    ours, theirs = SpectralConv2d(2, 3, (4, 3)), bench_layer.RfftSpectralConv2d(2, 3, (4, 3))
+    ours, theirs = SpectralConv2d(2, 3, (4, 3)), RfftSpectralConv2d(2, 3, (4, 3))
     copy_weights(ours, theirs)
     x = torch.randn(2, 2, 12, 18)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5)
 
 
-def test_the_benchmark_of_layers(tmp_path, capsys):
+def test_the_benchmark_of_layers(tmp_path, monkeypatch, capsys):
     """With a layer from a folder, as the authors' would be."""
     (tmp_path / "their_networks.py").write_text(
-        "from benchmarks.bench_layer import RfftSpectralConv2d\n\n\n"
+        "from textbook import RfftSpectralConv2d\n\n\n"
         "class Layer(RfftSpectralConv2d):\n"
         "    def __init__(self, in_channels, out_channels, rows, columns):\n"
         "        super().__init__(in_channels, out_channels, (rows, columns))\n"
     )
     options = ["--cases", "forward:8:1", "forward:5:2", "training:8:1", "--channels", "4", "--modes", "3", "2"]
-    options += ["--official_src", str(tmp_path), "--official_layer", "their_networks:Layer", "--turns", "1"]
+    monkeypatch.syspath_prepend(tmp_path)
+    options += ["--official_layer", "their_networks:Layer", "--turns", "1"]
     rows = bench_layer.main([*options, "--output", str(tmp_path / "layer")])
     kinds = [(row["case"], row["dtype"]) for row in rows]
     assert kinds == [(kind, dtype) for kind in ("forward", "forward", "training") for dtype in ("float32", "bfloat16")]
@@ -241,7 +241,7 @@ def test_enlarged_portraits_are_measured(tmp_path, capsys):
     assert all(row["psnr"] > 15 and 0.5 < row["ssim"] < 1 for row in rows)
     assert len(list(csv.DictReader(open(tmp_path / "table.csv")))) == 5 and (tmp_path / "table.png").is_file()
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out.replace("\n\n", "\n")
-    truth = super_resolution.portraits(3, 32)
+    truth = pictures.portraits(3, 32)
     figures = super_resolution.measure(truth, truth, super_resolution.averaged(truth, 16))
     assert figures["ssim"] > 0.999 and figures["consistency"] < 0.51
 

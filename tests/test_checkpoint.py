@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.heldout_loss import HELD_OUT, heldout_loss
 from dfu_diffusers import DFUPipeline
 from dfu_diffusers.data.portraits import PortraitDataset
+from experiments.heldout_loss import HELD_OUT, heldout_loss
 
 FOLDER = Path(__file__).parent.parent / "checkpoints" / "dfu-portraits"
 

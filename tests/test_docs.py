@@ -148,7 +148,7 @@ def test_links_and_paths(page):
         re.sub(r"[^\w\- ]", "", title).replace(" ", "-").lower() for title in re.findall(r"^#+ (.*)", text, re.M)
     }
     assert [anchor for link, anchor in links if anchor and not link and anchor[1:] not in headings] == []
-    paths = re.findall(r"(?<![\w/])(?:examples|benchmarks|checkpoints|tests|docs)/[\w./-]+\.\w+", text)
+    paths = re.findall(r"(?<![\w/])(?:examples|benchmarks|experiments|checkpoints|tests|docs)/[\w./-]+\.\w+", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert max(map(len, text.splitlines())) <= 130
 
@@ -157,6 +157,12 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     names = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert names == set(re.findall(r"\]\((\w+\.md)\)", index))
+
+
+def test_the_card_at_the_top_is_that_of_the_shipped_model():
+    card = (ROOT / "checkpoints/dfu-portraits/README.md").read_text()
+    there = re.sub(r"\]\((?!https?:|#|\.\./)", "](checkpoints/dfu-portraits/", card).replace("](../../", "](")
+    assert (ROOT / "model_card.md").read_text() == there
 
 
 def test_figures_of_the_pages_stand_where_they_were_measured():

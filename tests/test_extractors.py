@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from benchmarks import train_portrait_reader as benchmark
 from dfu_diffusers.data.portraits import PARAMETERS, portrait_parameters, render_portraits
 from dfu_diffusers.evaluation import extractors
 from dfu_diffusers.evaluation.extractors import (
@@ -21,6 +20,7 @@ from dfu_diffusers.evaluation.extractors import (
     encode_parameters,
     load_extractor,
 )
+from experiments import train_portrait_reader as benchmark
 
 HELD_OUT = benchmark.HELD_OUT
 

@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sampling import relative_error
 
-from benchmarks.measure import LiveMemory
 from dfu_diffusers import DFUPipeline
 from dfu_diffusers.evaluation.metrics import wrap_seam
 from dfu_diffusers.models import resampling, spectral
@@ -20,6 +19,7 @@ from dfu_diffusers.models.dfu import DFUModel
 from dfu_diffusers.models.layers import DualConv2d
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.models.spectral import SpectralConv2d, _cached_fourier_matrices
+from measure import LiveMemory
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 PORTRAITS = Path(__file__).parent.parent / "checkpoints" / "dfu-portraits"

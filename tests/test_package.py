@@ -19,6 +19,7 @@ DOCUMENTS = [
     "checkpoints/dfu-portraits/README.md",
     "dfu_diffusers/assets/portrait-reader/README.md",
     "CHANGELOG.md",
+    "model_card.md",
 ]
 
 
@@ -40,6 +41,7 @@ ARROWS = {
     "pipelines": {"models", "schedulers"},
     "data": {"files"},
     "files": set(),
+    "command_line": {"schedulers", "data"},
     "training": {"models", "schedulers", "pipelines", "data", "files"},
     "evaluation": {"models", "schedulers", "pipelines", "data", "files"},
     "hub": {"models", "schedulers", "pipelines", "data", "files", "__init__"},
@@ -85,7 +87,7 @@ def test_paths_and_links_in_documents_exist(document):
     folder = (ROOT / document).parent
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert all((folder / link).exists() for link in links), links
-    paths = re.findall(r"\b(?:examples|benchmarks|checkpoints|dfu_diffusers|tests)/[\w./-]+\.\w+", text)
+    paths = re.findall(r"\b(?:examples|benchmarks|experiments|checkpoints|dfu_diffusers|tests)/[\w./-]+\.\w+", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 

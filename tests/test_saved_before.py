@@ -12,6 +12,7 @@ from diffusers import AutoModel, DiffusionPipeline
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, EDMHeunScheduler
+from dfu_diffusers.hub import files_to_push
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "saved_by_0.1.0.tar.xz"
 CLASSES = {
@@ -54,6 +55,12 @@ def test_with_this_package(saved, name):
 def test_plain_ones_with_diffusers_own_loaders(saved):
     assert type(DiffusionPipeline.from_pretrained(saved / "plain")) is dfu_diffusers.DFUPipeline
     assert type(AutoModel.from_pretrained(str(saved / "plain"), subfolder="unet")) is DFUModel
+
+
+def test_modules_that_import_each_other_are_pushed_together(saved):
+    code = {path for path, _ in files_to_push(saved / "self_contained_inpaint") if path.endswith(".py")}
+    inside = {"unet/modeling_dfu.py", "scheduler/scheduling_edm_heun.py"}
+    assert code == inside | {"pipeline_dfu.py", "pipeline_dfu_inpaint.py", "pipeline_dfu_super_resolution.py"}
 
 
 WITHOUT = """

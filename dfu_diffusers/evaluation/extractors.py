@@ -146,7 +146,7 @@ class PortraitReader(nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(
                     f"There is no portrait network in {folder}: {path.name} is missing. Name a folder that has it, "
-                    f'"portrait:FOLDER", or write one with benchmarks/train_portrait_reader.py.'
+                    f'"portrait:FOLDER", or write one with experiments/train_portrait_reader.py.'
                 )
         try:
             model = cls(**json.loads(config.read_text()))
@@ -154,7 +154,7 @@ class PortraitReader(nn.Module):
         except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder} holds no portrait network ({error}). Fetch it anew, or write one with "
-                f"benchmarks/train_portrait_reader.py."
+                f"experiments/train_portrait_reader.py."
             ) from error
         return model.eval().requires_grad_(False)
 
@@ -241,7 +241,7 @@ class Extractor:
 
 
 class PortraitExtractor(Extractor):
-    """Features and parameters of portraits by a `PortraitReader`; see the README.md of dfu_diffusers/assets/portrait-reader.
+    """Features and parameters of portraits by a `PortraitReader`; see assets/portrait-reader/README.md.
 
     >>> extractor = PortraitExtractor(PortraitReader())
     >>> extractor(torch.zeros(2, 3, 20, 33)).shape, extractor.read_parameters(torch.zeros(2, 3, 64, 64)).shape

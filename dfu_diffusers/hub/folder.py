@@ -53,7 +53,7 @@ def _one_line(error: Exception) -> str:
 
 
 def with_neighbours(module: Path) -> list[Path]:
-    """The file of a module, and those of the modules beside it that it imports, and they, and so on."""
+    """The file of a module, and those beside it that it imports, directly or not: folders saved by 0.1.0 have such."""
     found = [module]
     for path in found:  # which grows on the way
         names = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Checks of numbers that are arguments of pipelines."""
+"""Checks of numbers that pipelines take as arguments."""
 
 import math
 import numbers

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How well does a checkpoint denoise portraits it never saw, at sizes it was trained on and at others?
 
-python benchmarks/heldout_loss.py [--model checkpoints/dfu-portraits] [--sizes 16 24 32 48 64]
+python experiments/heldout_loss.py [--model checkpoints/dfu-portraits] [--sizes 16 24 32 48 64]
 
 Prints a Markdown table of the EDM loss with fixed noise: about 1 for a network that learned nothing, lower is better.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Is one seed one picture at every size? Samples of a seed, averaged down to the smallest size, beside each other.
 
-    python benchmarks/one_seed.py [--model checkpoints/dfu-portraits] [--sizes 32 48 64 96 128 256] [--count 8]
+    python experiments/one_seed.py [--model checkpoints/dfu-portraits] [--sizes 32 48 64 96 128 256] [--count 8]
 
 Prints the mean PSNR between the picture of a seed at each size and that of the same seed at the smallest size: drawn
 directly, with a spectral gain, with fixed levels, guided and by the cascade; and, for comparison, directly from noise
@@ -9,7 +9,6 @@ drawn pixel by pixel, and of another seed. --output writes the table and a sheet
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +16,9 @@ from PIL import Image
 
 from dfu_diffusers import DFUPipeline
 from dfu_diffusers.evaluation.metrics import agreement
+from dfu_diffusers.evaluation.tables import parse, report
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import ROOT, parse, report  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 WAYS = {
     "direct": {},
@@ -80,7 +79,7 @@ def main(argv=None) -> list[dict]:
             rows.append(row)
         print(f"{size} px done", flush=True)
     title = f"PSNR in dB, {args.count} seeds, {args.num_inference_steps} Heun steps in {args.dtype}."
-    report(rows, title, "python benchmarks/one_seed.py", args)
+    report(rows, title, "python experiments/one_seed.py", args)
     if args.output:
         for way, at_sizes in images.items():
             name = way.replace(",", "").replace(" ", "_")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which cheap changes at sampling time help beyond the training size? The same seeds with each, sampled directly.
 
-    python benchmarks/ablations.py [--model checkpoints/dfu-portraits] [--factors 1.5 2] [--num_images 100]
+    python experiments/ablations.py [--model checkpoints/dfu-portraits] [--factors 1.5 2] [--num_images 100]
 
 Variants of a trained model, none of which needs other weights:
     as it is                what `DFUPipeline` does
@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -32,12 +31,11 @@ from dfu_diffusers.evaluation.collections import Collection, Features
 from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.report import METRICS, Compared, Row, measure, sheet
 from dfu_diffusers.evaluation.sources import ModelSource, Portraits
+from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.models.layers import DFUAttention, DFUBlock
 from dfu_diffusers.models.spectral import SpectralConv2d
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the examples, when run as a script
-from benchmarks.measure import parse, report  # noqa: E402
-from examples.generate_dfu import CHECKPOINT  # noqa: E402
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 
 EARLY = math.log(1.0) / 4  # c_noise of sigma 1
 
@@ -264,7 +262,7 @@ def main(argv=None) -> list[dict]:
         sheet(rows, number=min(6, args.num_images)).save(args.output_dir / f"samples_{format_resolution(size)}.png")
         table += [{"size": size[0], "factor": factor, "variant": row.model} | row.figures for row in rows]
     args.device, args.output = device.type, args.output_dir / "results"
-    report(table, f"{args.num_images} images a row.", "python benchmarks/ablations.py", args)
+    report(table, f"{args.num_images} images a row.", "python experiments/ablations.py", args)
     return table
 
 

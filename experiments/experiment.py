@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """What the two kinds of convolution bring beyond the training sizes: one recipe, one budget, many networks.
 
-    python benchmarks/experiment.py train                      # every run, one after another; finished ones are kept
-    python benchmarks/experiment.py train dual-0 spatial-0     # only these, e.g. side by side on two cores
-    python benchmarks/experiment.py evaluate                   # samples and metrics, by examples/evaluate_dfu.py
-    python benchmarks/experiment.py report                     # tables, curves and pictures in benchmarks/results
-    python benchmarks/experiment.py picture DFU UNET           # of two saved pipelines: samples.png in --output_dir
+    python experiments/experiment.py train                      # every run, one after another; finished ones are kept
+    python experiments/experiment.py train dual-0 spatial-0     # only these, e.g. side by side on two cores
+    python experiments/experiment.py evaluate                   # samples and metrics, by examples/evaluate_dfu.py
+    python experiments/experiment.py report                     # tables, curves and pictures in experiments/results
+    python experiments/experiment.py picture DFU UNET           # of two saved pipelines: samples.png in --output_dir
 
 Runs (name-seed), all on procedural portraits, with the same images, noise and number of images seen:
     dual       DFU, several resolutions         spatial    the same without spectral paths (the paper's UNet)
@@ -374,7 +374,7 @@ def report(output: Path, budget: Budget, results: Path) -> None:
     picture(load(output / "dual-0"), load(output / "spatial-0")).save(results / "experiment_samples.png")
     steps = facts["options"]["num_inference_steps"]
     setting = (
-        "By `python benchmarks/experiment.py train`, `evaluate` and `report`: trained at "
+        "By `python experiments/experiment.py train`, `evaluate` and `report`: trained at "
         f"{', '.join(map(str, budget.resolutions))} px for {budget.steps:,} steps of {budget.batch_size}; "
         f"{budget.images} images a size from seeds 0 to {budget.images - 1}, {steps} Heun steps in bfloat16; "
         f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit']}."
@@ -392,7 +392,7 @@ def main(argv=None) -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="that share an evaluation")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/experiment"))
-    parser.add_argument("--results_dir", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--results_dir", type=Path, default=ROOT / "experiments" / "results")
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
     if args.stage == "picture":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Trains the network behind the extractor "portrait" (dfu_diffusers/extractors.py), and measures it.
 
-python benchmarks/train_portrait_reader.py [--output dfu_diffusers/assets/portrait-reader] [--steps 3400]
-python benchmarks/train_portrait_reader.py --steps 0    # measures what lies in --output
+python experiments/train_portrait_reader.py [--output dfu_diffusers/assets/portrait-reader] [--steps 3400]
+python experiments/train_portrait_reader.py --steps 0    # measures what lies in --output
 
 It learns to read portraits of the series 10_002, new ones at every step, rendered at random sizes of 16 to 128 px and
 in part blurred and made noisy; it is measured on the series 10_001, which no training of ours draws from. Writes

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does a repainted part of a held-out portrait join the rest?
 
-    python benchmarks/inpaint.py [--model checkpoints/dfu-portraits] [--size 64] [--count 24] [--churn 0 20]
+    python experiments/inpaint.py [--model checkpoints/dfu-portraits] [--size 64] [--count 24] [--churn 0 20]
 
 Prints the mean jump between the two pixels on either side of the mask's edge, in 1/255, beside that of the true
 portrait, and writes a picture of the first six, OUTPUT.png: truth, what is known, and a column for each row of the
@@ -10,7 +10,6 @@ table: known pixels replaced, or `seamless`, each with each `s_churn`.
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ import torch
 from PIL import Image
 
 from dfu_diffusers import DFUInpaintPipeline, EDMHeunScheduler
+from pictures import portraits, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # as a script it lies beside the other benchmarks
-from benchmarks.super_resolution import portraits, sheet  # noqa: E402
 
 
 def masks(count: int, size: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does bfloat16 change what training does? The same steps in float32 and under bfloat16 autocast.
 
-    python benchmarks/compare_precisions.py [--steps 500] [--output_dir outputs/precisions] [options of train_dfu.py]
+    python experiments/compare_precisions.py [--steps 500] [--output_dir outputs/precisions] [options of train_dfu.py]
 
 Both runs see the same images, noise and initial weights; finished ones are kept. Prints, for a tenth of the steps at a
 time, both mean losses and the mean of their difference with its standard error, and writes results.md and losses.png.
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # when run as a script
-from benchmarks.measure import ROOT, markdown, setting  # noqa: E402
+from dfu_diffusers.evaluation.tables import markdown, setting
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 
@@ -75,7 +76,7 @@ def main(argv=None) -> list[dict]:
     speed = statistics.median(seconds) / statistics.median(others)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = ", ".join(f"{name} {value}" for name, value in setting(device).items())
-    text = f"`python benchmarks/compare_precisions.py --steps {args.steps}`; {where}. A step (median) takes "
+    text = f"`python experiments/compare_precisions.py --steps {args.steps}`; {where}. A step (median) takes "
     text += f"{speed:.2f} times as long in float32, the runs one after the other.\n\n" + markdown(rows)
     (args.output_dir / "results.md").write_text(text, encoding="utf-8")
     plot(first, second, args.output_dir / "losses.png")

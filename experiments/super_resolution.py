@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How good are enlarged portraits and photographs, beside bicubic and Lanczos interpolation?
 
-    python benchmarks/super_resolution.py [--model checkpoints/dfu-portraits] [--side 32] [--scales 1.5 2 2.7 4]
+    python experiments/super_resolution.py [--model checkpoints/dfu-portraits] [--side 32] [--scales 1.5 2 2.7 4]
 
 Held-out portraits, rendered at 512 px, are area-averaged to each size, which is the truth, and to --side pixels, which
 is the input: as a camera does it. (An input averaged from the truth itself would favour consistency where the factor
@@ -26,25 +26,16 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from dfu_diffusers import DFUSuperResolutionPipeline
-from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
 from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance
-from dfu_diffusers.evaluation.sources import HELD_OUT_SERIES, to_bytes
+from dfu_diffusers.evaluation.sources import to_bytes
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.pipelines.super_resolution import AreaAverage
+from pictures import portraits, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
-FINEST = 512  # px, what is averaged to all sizes
-SHOWN, CELL = 6, 128  # rows of the picture, and the side of one image in it
 PHOTOS = ["astronaut", "chelsea", "coffee", "rocket", "china.jpg", "flower.jpg"]
-
-
-def portraits(count: int, size: int) -> np.ndarray:
-    """Held-out portraits (count, size, size, 3), 8 bits."""
-    parts = torch.arange(count).split(16)  # of the finest ones: to bound memory
-    fine = (render_portraits(portrait_parameters(part.tolist(), seed=HELD_OUT_SERIES), FINEST) for part in parts)
-    return np.concatenate([to_bytes(resample(images, (size, size))) for images in fine])
 
 
 def photographs(size: int) -> np.ndarray:
@@ -105,17 +96,6 @@ def measure(result: np.ndarray, truth: np.ndarray, small: np.ndarray, extractor=
             each.update(extractor(2 * images - 1))
         figures["frechet"] = frechet_distance(*statistics)
     return figures
-
-
-def sheet(columns: list[np.ndarray], path: Path) -> None:
-    """Columns of images, enlarged to one size with their pixels as squares."""
-    rows = min(SHOWN, len(columns[0]))
-    picture = Image.new("RGB", (len(columns) * CELL, rows * CELL))
-    for x, column in enumerate(columns):
-        for y, pixels in enumerate(column[:rows]):
-            image = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
-            picture.paste(image, (x * CELL, y * CELL))
-    picture.save(path)
 
 
 def main(argv=None) -> list[dict]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which strategy draws best beyond the training size? The same seeds by each, measured against real portraits.
 
-    python benchmarks/compare_strategies.py [--factors 1.5 2 3 4] [--num_images 256] [--dtype bfloat16]
+    python experiments/compare_strategies.py [--factors 1.5 2 3 4] [--num_images 256] [--dtype bfloat16]
 
 Rows, for each factor of the model's `sample_size`: `DFUPipeline` with strategy "direct", the same with noise levels
 shifted in proportion to the side, with `spectral_gain` 0.4, with `fixed_levels`, "guided", and "cascade" at each of
@@ -17,7 +17,6 @@ results.csv and, of the same seeds by each row, samples_SIZE.png.
 import argparse
 import csv
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -32,8 +31,7 @@ from dfu_diffusers.evaluation.report import HEADINGS, METRICS, Compared, Row, me
 from dfu_diffusers.evaluation.sources import ModelSource, Portraits, Resized
 from dfu_diffusers.files import write_atomically
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the examples, when run as a script
-from examples.generate_dfu import CHECKPOINT  # noqa: E402
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 
 FIGURES = ("coherence", "fd", "patch", "spectrum", "agreement")
 COSTS = {

@@ -1,0 +1,75 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What command lines share: types of options, choices by name, and where a result comes from."""
+
+import argparse
+import math
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+
+from .data.resolutions import Size, parse_resolution
+from .schedulers.edm_heun import EDMHeunScheduler
+
+SCHEDULERS = {"heun": EDMHeunScheduler, "euler": EDMEulerScheduler, "dpm": EDMDPMSolverMultistepScheduler}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """A type for argparse: an int or float of a range."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            bounds = f"{'greater than' if open_low else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}" + (f", at most {high}" * math.isfinite(high)))
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+count, natural, positive = number(int, 1), number(int, 0), number(float, 0, open_low=True)
+
+
+def resolution(text: str) -> Size:
+    try:
+        return parse_resolution(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def usable_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch has both for a device that is not there
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Of --model and --seed."""
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")
+    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
+        parser.error(
+            f"--model: there is no folder {args.model}; name a saved pipeline, or its id on the Hub (user/name)"
+        )
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed without its repository
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.processor() or device.type

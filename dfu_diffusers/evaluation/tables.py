@@ -1,0 +1,68 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Tables of results: as Markdown to read and as CSV to go on with, each with the command and the machine behind it."""
+
+import argparse
+import csv
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
+    """The arguments, and as `words` what was said: a table names the command that made it."""
+    args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else list(argv)
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def setting(device: str) -> dict:
+    """Where a figure comes from: device, threads, versions and commit."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+
+
+def cpu_name() -> str:
+    """What Linux calls the processor, or Python's word for it elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table of rows with the same keys; numbers to three digits."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def report(rows: list[dict], title: str, command: str, args) -> None:
+    """Print the table and, with --output, write it as CSV, with the setting in each row, and as Markdown."""
+    where = setting(args.device)
+    command = shlex.join([*command.split(), *getattr(args, "words", [])])
+    text = f"{title} By `{command}`; " + ", ".join(f"{name} {value}" for name, value in where.items()) + ".\n\n"
+    print(text + markdown(rows))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.with_suffix(".md").write_text(text + markdown(rows), encoding="utf-8")
+        with open(args.output.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, **where} for row in rows)
