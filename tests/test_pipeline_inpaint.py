@@ -135,7 +135,7 @@ def test_without_a_seam_a_hole_takes_the_colour_around_it():
     assert (with_a_seam - image).abs().max() > 0.005
 
 
-# --- The membrane ---
+# --- The interpolation ---
 
 
 @settings(max_examples=25, deadline=None)
@@ -143,7 +143,7 @@ def test_without_a_seam_a_hole_takes_the_colour_around_it():
     st.integers(1, 19), st.integers(1, 19), st.integers(0, 99), st.floats(0.05, 0.95),
     st.tuples(st.booleans(), st.booleans()),
 )  # fmt: skip
-def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed, share, periodic):
+def test_an_interpolation_keeps_what_is_known_and_stays_within_it(height, width, seed, share, periodic):
     x = torch.randn(2, 3, height, width, generator=seeded(seed))
     hole = torch.rand(2, 1, height, width, generator=seeded(seed + 1)) < share
     spanned = HarmonicInterpolation(hole, periodic)(x)
@@ -161,7 +161,7 @@ def test_a_membrane_keeps_what_is_known_and_stays_within_it(height, width, seed,
 
 
 def solve_laplace(x, hole, periodic):
-    """The exact membrane over one channel (H, W), by a dense system in float64."""
+    """The exact interpolation over one channel (H, W), by a dense system in float64."""
     (height, width), index = x.shape, torch.arange(x.numel()).reshape(x.shape)
     matrix, right = torch.eye(x.numel(), dtype=torch.float64), torch.where(hole, 0, x).double().flatten()
     for i, j in hole.nonzero().tolist():
@@ -174,7 +174,7 @@ def solve_laplace(x, hole, periodic):
 
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_membrane_comes_near_the_solution_of_laplace(joined, turned):
+def test_an_interpolation_comes_near_the_solution_of_laplace(joined, turned):
     """Over a hole that reaches the right edge, or turned, the lower one; far from that for other neighbours there."""
     x = torch.cos(torch.arange(24)[:, None] / 5 + torch.arange(29) / 7)
     hole = torch.zeros(24, 29, dtype=torch.bool)
@@ -192,7 +192,7 @@ def test_a_membrane_comes_near_the_solution_of_laplace(joined, turned):
 
 
 @pytest.mark.parametrize("side", [8, 31, 64])
-def test_a_membrane_hangs_from_the_rim_alone(side):
+def test_an_interpolation_hangs_from_the_rim_alone(side):
     x = torch.ones(1, 1, side, side)
     hole = torch.zeros(1, 1, side, side, dtype=torch.bool)
     hole[..., side // 2 :] = True
@@ -215,7 +215,7 @@ def test_forms_of_a_mask(pipe):
 
 def test_a_mask_for_each_image(pipe):
     image, masks = picture(2, 3, 12, 9), [random_mask(12, 9, seed) for seed in (1, 2)]
-    for seamless, tolerance in ((False, 1e-4), (True, 1e-3)):  # of the network's rounding, which a membrane spreads
+    for seamless, tolerance in ((False, 1e-4), (True, 1e-3)):  # of the network's rounding, which the interpolation spreads
         generators = [seeded(0), seeded(1)]
         both = repaint(pipe, image, masks, generator=generators, seamless=seamless)
         alone = [repaint(pipe, image[i], masks[i], generator=[seeded(i)], seamless=seamless) for i in range(2)]

@@ -3,9 +3,9 @@
 
 Every denoised image on the way has its known pixels replaced by the given ones, so that these carry exactly the noise
 of the step (the projection of DDNM, arXiv 2212.00490, whose operator is the mask here; with churn, fresh noise of each
-step as in RePaint, arXiv 2201.09865). What a denoised image lacks at the rim of the hole is carried into it by a
-membrane, so that tones go on across the edge (the harmonic interpolation of Poisson image editing, Perez et al. 2003,
-at each call in place of once at the end).
+step as in RePaint, arXiv 2201.09865). What a denoised image lacks at the rim of the hole is interpolated into it, so
+that tones go on across the edge (the harmonic interpolation of Poisson image editing, Perez et al. 2003, at each call
+in place of once at the end).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from PIL import Image
 from .dfu import DFUPipeline
 from .images import middle_of_schedule, read_images
 
-SWEEPS = 10  # over each grid of a membrane
+SWEEPS = 10  # over each grid of a `HarmonicInterpolation`
 
 
 class DFUInpaintPipeline(DFUPipeline):
@@ -120,11 +120,11 @@ class DFUInpaintPipeline(DFUPipeline):
         latents = self.scheduler.add_noise(start, latents.to(device, torch.float32), timesteps[:1])
 
         # 3. Denoise. Known pixels move straight from their noise to the image, as far as each step goes.
-        membrane = HarmonicInterpolation(hole, self._periodic) if seamless else None
+        interpolate = HarmonicInterpolation(hole, self._periodic) if seamless else None
 
         def project(denoised, latents):
-            if membrane is not None:
-                denoised = denoised + membrane(known - denoised)
+            if interpolate is not None:
+                denoised = denoised + interpolate(known - denoised)
             return torch.where(hole, denoised, known)
 
         latents = self._denoise(latents, timesteps, **run, project=project)
@@ -140,11 +140,11 @@ class DFUInpaintPipeline(DFUPipeline):
 
 
 class HarmonicInterpolation:
-    """What spans the holes of an image from the known pixels at their rims: each pixel there is nearly the mean of its
+    """Fills the holes of an image from the known pixels at their rims: each pixel there is nearly the mean of its
     neighbours.
 
     The grids of a pyramid are relaxed from the coarsest on, `SWEEPS` times each (cascadic multigrid), which leaves a
-    deviation from the exact membrane of about a tenth of that one's own, more over holes that reach a corner.
+    deviation from the exact interpolation of about a tenth of that one's own, more over holes that reach a corner.
 
     Args:
         hole: (1 or batch, 1, H, W) booleans, on the device of the images.

@@ -3,9 +3,6 @@
 
 Algorithm 1 (deterministic, second-order Heun) and Algorithm 2 (the same with "churn": fresh noise before each step),
 the noise levels of Equation 5, and the preconditioning of Table 1 (EDM column), which training shares.
-
-This file stands alone, so that it can travel inside a Hub repository: it imports torch, diffusers and the standard
-library only.
 """
 
 import math
