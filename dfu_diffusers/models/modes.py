@@ -1,0 +1,132 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Nested spaces of modes: what pictures of different sizes have in common.
+
+Along an axis of n pixels a picture is a sum of n cosine modes, cos(pi k y) with y = (j + 1/2) / n and k = 0 .. n-1 (the
+DCT-II). Along an axis that tiles it is a sum of Fourier modes instead. Coefficients do not depend on the size: the k-th
+is the mean of the picture times the k-th mode (times sqrt(2) for k > 0). The lowest modes of a large picture are
+therefore those of a small one, and the spaces are nested.
+
+A pixel holds the mean of the picture over its area, not its value at the centre. This weakens mode k by
+sinc(k / 2n), down to 0.64 for the last one; `to_modes` and `from_modes` undo and redo it where asked to.
+
+White noise of deviation s on h x w pixels has independent coefficients of deviation s / sqrt(h w).
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+
+Axes = tuple[bool, bool]
+
+
+def num_modes(n: int, periodic: bool = False) -> int:
+    """Modes of n pixels that larger grids share. An even number of pixels on a periodic axis has a sine at the Nyquist
+    frequency without its cosine: this one is left out.
+
+    >>> num_modes(16), num_modes(16, periodic=True), num_modes(15, periodic=True)
+    (16, 15, 15)
+    """
+    return n - 1 if periodic and n % 2 == 0 else n
+
+
+@lru_cache(maxsize=32)
+def mode_basis(n: int, periodic: bool = False, count: int | None = None) -> torch.Tensor:
+    """The lowest `count` (by default all n) modes on n pixels, (count, n), orthonormal rows, float32 on the CPU.
+
+    Row k of the cosine basis is cos(pi k (j + 1/2) / n). Of the Fourier basis row 0 is constant, rows 2k - 1 and 2k are
+    the sine and cosine of k cycles.
+    """
+    row = torch.arange(n if count is None else count, device="cpu")
+    half_cycles = (row + 1) // 2 * 2 if periodic else row
+    # The phase pi h (2j + 1) / 2n is reduced as an integer, so that it is exact.
+    phase = torch.outer(half_cycles, 2 * torch.arange(n, device="cpu") + 1) % (4 * n)
+    angle = phase.double() * (math.pi / (2 * n))
+    waves = torch.where((row % 2 == 1)[:, None], angle.sin(), angle.cos()) if periodic else angle.cos()
+    alone = (half_cycles == 0) | (half_cycles == n) & torch.tensor(periodic)
+    with torch.inference_mode(False):
+        return (waves * torch.where(alone, 1, 2).double().div(n).sqrt()[:, None]).float()
+
+
+def pixel_response(count: int, n: int, periodic: bool = False, device="cpu") -> torch.Tensor:
+    """The factor, (count,), by which averaging over the pixels of an axis of n weakens each mode."""
+    row = torch.arange(count, device=device, dtype=torch.float32)
+    half_cycles = (row + 1).div(2, rounding_mode="floor") * 2 if periodic else row
+    return torch.sinc(half_cycles / (2 * n))
+
+
+def to_modes(
+    x: torch.Tensor, size: tuple[int, int] | None = None, periodic: Axes = (False, False), averaged: bool = False
+) -> torch.Tensor:
+    """Coefficients of the modes of x that a grid of `size` shares, by default all of x.
+
+    Args:
+        x: (..., H, W).
+        size: (height, width); the result has `num_modes` of min(height, H) rows, and columns likewise.
+        periodic: axes, (rows, columns), that tile.
+        averaged: x holds averages over pixels: undo their damping.
+    """
+    (height, width), (new_height, new_width) = x.shape[-2:], size or x.shape[-2:]
+    rows, columns = num_modes(min(height, new_height), periodic[0]), num_modes(min(width, new_width), periodic[1])
+    with torch.autocast(x.device.type, enabled=False):
+        x = x if x.dtype == torch.float64 else x.float()
+        basis_h, basis_w = (
+            mode_basis(n, axis, count).to(x) for n, axis, count in zip((height, width), periodic, (rows, columns))
+        )
+        modes = basis_h @ x @ basis_w.T / math.sqrt(height * width)
+        if averaged:
+            modes = modes / _response((rows, columns), (height, width), periodic, x.device)
+        return modes
+
+
+def from_modes(
+    modes: torch.Tensor, size: tuple[int, int], periodic: Axes = (False, False), averaged: bool = False
+) -> torch.Tensor:
+    """The picture (..., height, width) of `size` with these modes, zero beyond them; with `averaged` the mean over each
+    pixel rather than the value at its centre."""
+    rows, columns = modes.shape[-2:]
+    with torch.autocast(modes.device.type, enabled=False):
+        if averaged:
+            modes = modes * _response((rows, columns), size, periodic, modes.device)
+        basis_h, basis_w = (mode_basis(n, axis, k).to(modes) for n, axis, k in zip(size, periodic, (rows, columns)))
+        return basis_h.T @ modes @ basis_w * math.sqrt(math.prod(size))
+
+
+def resize_modes(x: torch.Tensor, size: tuple[int, int], periodic: Axes = (False, False)) -> torch.Tensor:
+    """x (..., H, W) on the grid `size`: modes that both grids have stay, others are zero."""
+    return from_modes(to_modes(x, size, periodic), size, periodic)
+
+
+def beyond(x: torch.Tensor, coarse: tuple[int, int], periodic: Axes = (False, False)) -> torch.Tensor:
+    """What modes beyond those of the grid `coarse` contribute to x (..., H, W)."""
+    return x - from_modes(to_modes(x, coarse, periodic), x.shape[-2:], periodic)
+
+
+def share_beyond(size: tuple[int, int], coarse: tuple[int, int], periodic: Axes = (False, False)) -> float:
+    """The share of the modes of the grid `size` that lie beyond those of `coarse`.
+
+    >>> share_beyond((32, 32), (16, 16)), share_beyond((32, 16), (16, 16))
+    (0.75, 0.5)
+    """
+    kept = math.prod(num_modes(min(n, c), axis) for n, c, axis in zip(size, coarse, periodic))
+    return 1 - kept / math.prod(size)
+
+
+def octave_sizes(size: tuple[int, int], base: tuple[int, int]) -> list[tuple[int, int]]:
+    """Grids from `base` to `size`: sides double until they reach that of `size`. A side that is smaller than that of
+    `base` is cut to size by the last grid.
+
+    >>> octave_sizes((97, 512), (16, 16))
+    [(16, 16), (32, 32), (64, 64), (97, 128), (97, 256), (97, 512)]
+    >>> octave_sizes((9, 40), (16, 16)), octave_sizes((16, 16), (16, 16))
+    ([(16, 16), (9, 32), (9, 40)], [(16, 16)])
+    """
+    sizes = [tuple(base)]
+    while sizes[-1] != tuple(size):
+        sizes.append(tuple(min(2 * last, side) for last, side in zip(sizes[-1], size)))
+    return sizes
+
+
+def _response(counts, size, periodic, device) -> torch.Tensor:
+    rows, columns = (pixel_response(k, n, axis, device) for k, n, axis in zip(counts, size, periodic))
+    return rows[:, None] * columns

@@ -1,0 +1,244 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The refiner: draws the next octave of detail of a picture, with the same weights for every octave."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+NOISE_CHANNELS = 64  # sinusoids that tell a noise level
+EMBEDDING_CHANNELS = 256
+PICTURE_STD = 0.5  # deviation of the coarse picture
+
+
+@dataclass
+class DFURefinerOutput(BaseOutput):
+    """sample: (batch, channels, height, width), the network output F of EDM."""
+
+    sample: torch.Tensor
+
+
+class PixelNorm(nn.Module):
+    """Divides the channels of each pixel by their root mean square. Unlike a group norm it cannot see the size."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps).to(x.dtype)
+        return x * (scale * self.weight.view(-1, 1, 1).to(x.dtype))
+
+
+class RefinerBlock(nn.Module):
+    """Residual block of two 3x3 convolutions; the noise levels scale and shift its features."""
+
+    def __init__(self, channels: int, embedding_channels: int):
+        super().__init__()
+        self.norm1, self.norm2 = PixelNorm(channels), PixelNorm(channels)
+        self.conv1 = _convolution(channels, channels)
+        self.conv2 = _convolution(channels, channels, scale=1e-5)
+        self.embedding = _init(nn.Linear(embedding_channels, 2 * channels), scale=1e-5)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return x + self.conv2(F.silu(h))
+
+
+class DFURefiner(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Takes a coarse picture on a larger grid and noisy detail that is to be added to it; returns the network output F
+    of EDM (arXiv 2206.00364) for the detail.
+
+    It asks the same local question at every octave: what do the next finer modes look like here? There is no
+    attention, no group norm and no position, which would tell the size, so it serves sizes that it was never trained
+    at. An output pixel depends on the input within `reach` pixels.
+
+    Args:
+        in_channels: channels of the picture.
+        hidden_channels: channels of the features, on a grid of half the size.
+        num_layers: residual blocks of two 3x3 convolutions.
+        detail_std: deviation of the coefficients of detail, as of white noise: EDM's sigma_data for this model.
+        sigma_max: noise level from which detail is sampled.
+        coarse_size: side of the smallest coarse picture that it was trained on.
+        tileable: axes along which opposite edges are neighbours: "x", "y", "xy" or None.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    >>> refiner = DFURefiner(hidden_channels=8, num_layers=1)
+    >>> refiner(torch.randn(2, 3, 13, 7), timestep=-0.5, coarse=torch.randn(2, 3, 13, 7)).sample.shape
+    torch.Size([2, 3, 13, 7])
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["RefinerBlock"]
+    _repeated_blocks = ["RefinerBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        hidden_channels: int = 96,
+        num_layers: int = 5,
+        detail_std: float = 0.15,
+        sigma_max: float = 8.0,
+        coarse_size: int = 16,
+        tileable: str | None = None,
+    ):
+        super().__init__()
+        self._check_config()
+        self.noise_embedding = _init(nn.Linear(NOISE_CHANNELS, EMBEDDING_CHANNELS))
+        self.coarse_noise_embedding = _init(nn.Linear(NOISE_CHANNELS, EMBEDDING_CHANNELS))
+        self.embedding_out = _init(nn.Linear(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS))
+        self.conv_in = _convolution(8 * in_channels, hidden_channels)
+        self.blocks = nn.ModuleList(RefinerBlock(hidden_channels, EMBEDDING_CHANNELS) for _ in range(num_layers))
+        self.norm_out = PixelNorm(hidden_channels)
+        self.conv_out = _convolution(hidden_channels, 4 * in_channels, scale=1e-5)
+        self.gradient_checkpointing = False
+
+    def _check_config(self) -> None:
+        config = self.config
+        for name in ("in_channels", "hidden_channels", "num_layers", "coarse_size"):
+            value = config[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
+        for name in ("detail_std", "sigma_max"):
+            value = config[name]
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a positive number, but got {value!r}.")
+        _check_tileable(config.tileable)
+
+    @property
+    def reach(self) -> int:
+        """Pixels on each side that an output pixel may depend on; even, as pixels are taken two by two."""
+        return 2 * (2 * self.config.num_layers + 3)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: float | torch.Tensor,
+        coarse: torch.Tensor,
+        coarse_noise: float | torch.Tensor = 0.01,
+        tileable: Literal["x", "y", "xy"] | None = None,
+        return_dict: bool = True,
+    ) -> DFURefinerOutput | tuple[torch.Tensor]:
+        """The network output F of EDM for the detail.
+
+        Args:
+            sample: (batch, channels, height, width), c_in times the noisy detail, at least one pixel.
+            timestep: ln(sigma) / 4 of the noise in the detail, a number or (batch,).
+            coarse: (batch, channels, height, width), the coarse picture on the same grid, in [-1, 1], with noise.
+            coarse_noise: deviation of this noise on the coarse picture's own grid, positive, a number or (batch,).
+            tileable: axes along which opposite edges are neighbours; None for those of the config.
+            return_dict: return a `DFURefinerOutput` rather than a tuple.
+
+        Raises:
+            ValueError: inputs of another shape or kind.
+        """
+        # 1. Inputs
+        tileable = self.config.tileable if tileable is None else tileable
+        self._check_inputs(sample, timestep, coarse, coarse_noise, tileable)
+        x = torch.cat([sample, coarse.to(sample.dtype) / PICTURE_STD], dim=1)
+        height, width = x.shape[-2:]
+        embedding = self._embed(timestep, coarse_noise, x)
+
+        # 2. Beyond a tileable axis the picture goes on; elsewhere an odd side gets a pixel more
+        top, left = (self.reach if tileable and axis in tileable else 0 for axis in "yx")
+        x = _wrap(_wrap(x, top, 2), left, 3)
+        x = _even(_even(x, 2), 3)
+
+        # 3. Residual blocks on half the grid
+        x = F.pixel_unshuffle(x, 2)
+        if not torch.compiler.is_exporting():
+            x = x.contiguous(memory_format=torch.channels_last)  # the faster layout
+        x = self.conv_in(x)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, embedding)
+            else:
+                x = block(x, embedding)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = _crop(_crop(F.pixel_shuffle(x, 2), top, height, 2), left, width, 3)
+        return DFURefinerOutput(sample=x) if return_dict else (x,)
+
+    def _embed(self, timestep, coarse_noise, x: torch.Tensor) -> torch.Tensor:
+        levels = [
+            torch.as_tensor(value, dtype=torch.float32, device=x.device).expand(x.shape[0])
+            for value in (timestep, coarse_noise)
+        ]
+        detail, coarse = (
+            get_timestep_embedding(value, NOISE_CHANNELS, flip_sin_to_cos=True).to(x.dtype)
+            for value in (levels[0], levels[1].log() / 4)
+        )
+        embedding = F.silu(self.noise_embedding(detail) + self.coarse_noise_embedding(coarse))
+        return F.silu(self.embedding_out(embedding))
+
+    def _check_inputs(self, sample, timestep, coarse, coarse_noise, tileable) -> None:
+        channels = self.config.in_channels
+        if sample.ndim != 4 or sample.shape[1] != channels or 0 in sample.shape:
+            raise ValueError(
+                f"`sample` must have shape (batch, {channels}, height, width) without empty dimensions, but got "
+                f"{tuple(sample.shape)}."
+            )
+        if coarse.shape != sample.shape:
+            raise ValueError(
+                f"`coarse` must have the shape of `sample`, {tuple(sample.shape)}, but got {tuple(coarse.shape)}: "
+                "resize it first (`resize_modes`)."
+            )
+        if torch.is_tensor(timestep) and not timestep.is_floating_point():
+            raise ValueError(f"`timestep` is ln(sigma) / 4, a float, but got an integer tensor, {timestep.dtype}.")
+        if not torch.is_tensor(coarse_noise) and not 0 < coarse_noise < math.inf:
+            raise ValueError(f"`coarse_noise` must be positive, but got {coarse_noise!r}: 0.01 for a clean picture.")
+        _check_tileable(tileable)
+
+
+def _wrap(x: torch.Tensor, margin: int, dim: int) -> torch.Tensor:
+    """x with `margin` pixels more on each side of `dim`, continued periodically."""
+    if margin == 0:
+        return x
+    n = x.shape[dim]
+    return x.index_select(dim, torch.arange(-margin, n + margin, device=x.device) % n)
+
+
+def _even(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x with the last row of `dim` repeated if their number is odd."""
+    n = x.shape[dim]
+    if not isinstance(n, torch.SymInt) and n % 2 == 0:  # `torch.export` cannot branch on a size
+        return x
+    return x.index_select(dim, torch.arange(2 * ((n + 1) // 2), device=x.device).clamp(max=n - 1))
+
+
+def _crop(x: torch.Tensor, start: int, length: int, dim: int) -> torch.Tensor:
+    if isinstance(length, torch.SymInt):  # `torch.export` cannot prove that a slice fits
+        return x.index_select(dim, start + torch.arange(length, device=x.device))
+    return x.narrow(dim, start, length)
+
+
+def _check_tileable(tileable) -> None:
+    if tileable not in (None, "x", "y", "xy"):
+        raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
+
+
+def _convolution(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:
+    return _init(nn.Conv2d(in_channels, out_channels, 3, padding=1), scale)
+
+
+def _init(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Xavier-uniform weights times `scale` and zero bias, as in DFUModel."""
+    nn.init.xavier_uniform_(layer.weight)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    nn.init.zeros_(layer.bias)
+    return layer
