@@ -102,6 +102,11 @@ def beyond(x: torch.Tensor, coarse: tuple[int, int], periodic: Axes = (False, Fa
     return x - from_modes(to_modes(x, coarse, periodic), x.shape[-2:], periodic)
 
 
+def average_pixels(x: torch.Tensor, periodic: Axes = (False, False)) -> torch.Tensor:
+    """The mean over each pixel of the picture whose values at pixel centres are x (..., H, W)."""
+    return from_modes(to_modes(x, periodic=periodic), x.shape[-2:], periodic, averaged=True)
+
+
 def share_beyond(size: tuple[int, int], coarse: tuple[int, int], periodic: Axes = (False, False)) -> float:
     """The share of the modes of the grid `size` that lie beyond those of `coarse`.
 

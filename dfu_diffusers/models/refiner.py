@@ -70,6 +70,7 @@ class DFURefiner(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers: residual blocks of two 3x3 convolutions.
         detail_std: deviation of the coefficients of detail, as of white noise: EDM's sigma_data for this model.
         sigma_max: noise level from which detail is sampled.
+        sample_size: side that pipelines generate by default, the largest that it was trained at.
         coarse_size: side of the smallest coarse picture that it was trained on.
         tileable: axes along which opposite edges are neighbours: "x", "y", "xy" or None.
 
@@ -94,6 +95,7 @@ class DFURefiner(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_layers: int = 5,
         detail_std: float = 0.15,
         sigma_max: float = 8.0,
+        sample_size: int = 64,
         coarse_size: int = 16,
         tileable: str | None = None,
     ):
@@ -110,7 +112,7 @@ class DFURefiner(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _check_config(self) -> None:
         config = self.config
-        for name in ("in_channels", "hidden_channels", "num_layers", "coarse_size"):
+        for name in ("in_channels", "hidden_channels", "num_layers", "sample_size", "coarse_size"):
             value = config[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, but got {value!r}.")

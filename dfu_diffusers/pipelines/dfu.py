@@ -4,8 +4,10 @@
 import contextlib
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,15 +17,45 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import _check_count, _check_positive, _is_number
+from ..models.modes import average_pixels, beyond, from_modes, octave_sizes, resize_modes, share_beyond, to_modes
+from .checks import _check_count, _check_positive
 from .noise import fourier_resample, growing_sizes, nested_noise, resize_bicubic
+from .octaves import COARSE_NOISE, MAX_PIXELS, NestedNoise, coefficients_of, octave_scheduler, refine_in_strips
 from .remote_code import REMOTE, code_files
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-STRATEGIES = ("direct", "guided", "cascade")
+STRATEGIES = ("octaves", "direct", "cascade")
+CASCADE_SIGMA = 0.25  # noise level to which the cascade takes enlarged images; the nearest of the schedule
+CASCADE_HOLD = 0.25  # share of the small image's frequencies on each axis that its stages hold
+RETIRED = {
+    "nested_noise": "noise is always nested now; pass other noise as `latents`",
+    "noise_shift": "it gained nothing at any size; load the pipeline with a `refiner` for sizes beyond training",
+    "fixed_levels": "load the pipeline with a `refiner` for sizes beyond training",
+    "spectral_gain": "load the pipeline with a `refiner` for sizes beyond training",
+    "cascade_sigma": f"it is {CASCADE_SIGMA} now",
+    "cascade_hold": f"it is {CASCADE_HOLD} now",
+}
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass
+class Run:
+    """What the steps of one call of a pipeline need to know."""
+
+    batch_size: int
+    num_inference_steps: int
+    octave_steps: int | None
+    generator: torch.Generator | list[torch.Generator] | None
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # the output of `unet` for a sample at a timestep
+    draw_noise: Callable[[tuple], torch.Tensor]  # unit noise of a shape
+    callback: Callable | None
+    callback_inputs: list[str]
+    periodic: tuple[bool, bool]  # (rows, columns) that tile
+    tileable: str | None  # the same, as the networks take it
+    parts: list[slice]  # of the batch that the networks see at once
+    calls: int = 0
+    bar: object = field(default=None, repr=False)
 
 
 class DFUPipeline(DiffusionPipeline):
@@ -34,6 +66,8 @@ class DFUPipeline(DiffusionPipeline):
         scheduler: an `EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`.
         guide: a weaker model of the same images, such as an earlier snapshot of `unet` or a smaller network trained
             for less time: `guidance_scale` then leads away from what it gets wrong (autoguidance, arXiv 2406.02507).
+        refiner: a `DFURefiner`, which adds detail to what `unet` draws on its own grid. With it one seed is one
+            picture at every size; its scheduler is a copy of `scheduler` for the deviation of detail.
 
     >>> from dfu_diffusers import DFUModel, EDMHeunScheduler
     >>> unet = DFUModel(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(4, None), attention_levels=())
@@ -43,15 +77,22 @@ class DFUPipeline(DiffusionPipeline):
     (31, 20)
     """
 
-    model_cpu_offload_seq = "unet->guide"
-    _optional_components = ["guide"]
+    model_cpu_offload_seq = "unet->guide->refiner"
+    _optional_components = ["guide", "refiner"]
     _callback_tensor_inputs = ["latents"]
     _self_contained = False
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, guide: ModelMixin | None = None):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        guide: ModelMixin | None = None,
+        refiner: ModelMixin | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, guide=guide)
+        self.register_modules(unet=unet, scheduler=scheduler, guide=guide, refiner=refiner)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._max_pixels = MAX_PIXELS
         self._num_timesteps = 0
         self._interrupt = False
 
@@ -81,8 +122,9 @@ class DFUPipeline(DiffusionPipeline):
         # diffusers hands a model on only if the type hint names its very class, and ours admits any denoiser.
         if hasattr(pipeline, "unet"):
             kwargs.setdefault("unet", pipeline.unet)
-        if getattr(pipeline, "guide", None) is not None:
-            kwargs.setdefault("guide", pipeline.guide)
+        for name in ("guide", "refiner"):
+            if getattr(pipeline, name, None) is not None:
+                kwargs.setdefault(name, getattr(pipeline, name))
         with warnings.catch_warnings():
             if not {"dtype", "torch_dtype"} & kwargs.keys():  # by default diffusers makes shared weights float32
                 kwargs["torch_dtype"] = pipeline.dtype
@@ -143,7 +185,9 @@ class DFUPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 18,
+        octave_steps: int = 6,
         class_labels: int | list[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -151,68 +195,42 @@ class DFUPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["DFUPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the name and default of diffusers
         max_batch_size: int | None = None,
-        strategy: Literal["direct", "guided", "cascade"] = "direct",
-        cascade_sigma: float = 0.25,
-        cascade_hold: float = 0.25,
-        guidance_scale: float = 1.0,
-        nested_noise: bool = True,
-        noise_shift: float = 0.0,
+        strategy: Literal["octaves", "direct", "cascade"] | None = None,
         tileable: Literal["x", "y", "xy"] | None = None,
-        fixed_levels: bool = False,
-        spectral_gain: float = 0.0,
+        **retired,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
-        Beyond the model's `sample_size` there are three strategies. They differ in how the layout is found:
-
-            strategy     the network's calls, of which N steps of Heun make C = 2 N - 1
-            "direct"     C at the full size: the paper's zero-shot sampling
-            "guided"     C at the full size and C small ones: at every step the low frequencies of the denoised image
-                         are those that the network sees on a grid within `sample_size` (upsample guidance, arXiv
-                         2404.01709). Of one seed they become exactly those of the small picture
-            "cascade"    C small ones, then, for every doubling of the side or part of one, those of the steps from
-                         `cascade_sigma` down, at that size: sampled small, enlarged (bicubic), and again noised and
-                         denoised, to add the detail (as in DemoFusion, arXiv 2311.16973)
-
-        Within `sample_size` they are one and the same. `docs/zero_shot.md` tells when to use which, with figures.
+        With a refiner one seed is one picture at every size: `unet` draws it on its own grid, `sample_size`, and the
+        refiner adds detail, one doubling of the sides after another. Without one, `unet` draws the full size directly
+        (the paper's zero-shot sampling), which is good up to the sizes it was trained at.
 
         Args:
             batch_size: number of images.
-            height, width: size in pixels, at least 1 each; one that is None is taken from the model's `sample_size`.
-            num_inference_steps: steps of the sampler; a Heun step takes two network calls, the last one only one.
+            height, width: size in pixels, at least 1 each; by default the `sample_size` of the refiner, or of `unet`.
+            num_inference_steps: steps of `unet`; a Heun step takes two network calls, the last one only one.
+            octave_steps: steps of the refiner in each octave.
             class_labels: class of each image, or one for all, if the model is class-conditional.
+            guidance_scale: weight w in D_weak + w (D - D_weak), a blend of denoised images; 1 switches it off. D_weak
+                is that of `guide` if the pipeline has one. Otherwise it is that of no class (classifier-free guidance,
+                arXiv 2207.12598): the last one, as in training with `--label_dropout`. Twice the calls of `unet`.
             generator: source of all noise. A list has one per image, and then each image is the same whatever its
                 neighbours. A CPU generator gives the same noise on every device.
-            latents: (batch_size, channels, height, width) unit normal noise to start from.
+            latents: unit normal noise to start from, (batch_size, channels, height, width); with a refiner of at least
+                the size of `unet`'s grid on each axis. Condition and churn noise still come from `generator`.
             output_type: "pil" (1, 3 or 4 channels), "np" (batch, height, width, channels) or "pt" (batch, channels,
                 height, width) in [0, 1], or "latent": the sample itself, neither clamped nor rescaled.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network call;
-                may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there.
+                may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there. In an octave
+                `latents` is its noisy detail, at the size of the octave.
             callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
-            max_batch_size: the network sees at most so many images at once, to bound memory. The images stay the same.
-            strategy: see above. A callback sees the cascade's sample at the size that it has reached.
-            cascade_sigma: noise level to which the cascade takes enlarged images, positive; the nearest of the
-                schedule. More of it redraws more.
-            cascade_hold: share, in [0, 1], of the small image's frequencies on each axis, at least the mean unless it
-                is 0, that stay as they are when a stage of the cascade denoises the enlarged one. More of it keeps the
-                layout, less leaves more to draw.
-            guidance_scale: weight w in D_weak + w (D - D_weak), a blend of denoised images; 1 switches it off. D_weak
-                is that of `guide` if the pipeline has one. Otherwise it is that of no class (classifier-free guidance,
-                arXiv 2207.12598): the last one, as in training with `--label_dropout`. Twice the network calls.
-            nested_noise: one seed is the same picture at all sizes, as nearly as the model allows, for its noise is
-                (see the function `nested_noise`). Otherwise noise is drawn pixel by pixel, as in other pipelines.
-            noise_shift: the levels of noise are multiplied by (side / `sample_size`)^noise_shift, the side that of a
-                square of as many pixels. At 1 low frequencies are as noisy at all sizes (simple diffusion, arXiv
-                2301.11093), which suits models trained with this `--noise_shift`. Needs `EDMHeunScheduler`.
+            max_batch_size: the networks see at most so many images at once, to bound memory. The images stay the same.
+            strategy: None for "octaves" with a refiner and "direct" without. "cascade", without a refiner, samples
+                within `sample_size`, enlarges by steps of at most 2, and noises and denoises again after each (as in
+                DemoFusion, arXiv 2311.16973). `docs/zero_shot.md` has figures.
             tileable: axes along which the images tile the plane: "x" (left and right edges meet), "y" or "xy"; None
-                for what the model was trained for. Takes a `DFUModel`, see its `use_tileable`.
-            fixed_levels: beyond `sample_size` only the network's finest level grows with the image; the others keep
-                the grids of the image shrunk to fit into `sample_size`. Direct samples become more coherent, and large
-                ones cheaper. Takes a `DFUModel`, see its `use_fixed_levels`.
-            spectral_gain: beyond `sample_size` the results of Fourier layers are multiplied by (side / `sample_size`)^
-                spectral_gain, the side as for `noise_shift`. Direct samples become more coherent, for "direct" only.
-                Takes a `DFUModel`, see its `use_spectral_gain`.
+                for what the models were trained for.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -221,264 +239,280 @@ class DFUPipeline(DiffusionPipeline):
             ValueError, TypeError: an argument that does not fit; the message says what would.
         """
         # 1. Inputs
+        _check_retired(retired)
         height, width = self._size(height, width)
+        strategy = self._strategy(strategy)
         run = self._begin(
             batch_size=batch_size,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
+            octave_steps=octave_steps,
             class_labels=class_labels,
             generator=generator,
-            latents=latents,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_batch_size=max_batch_size,
             guidance_scale=guidance_scale,
-            nested=nested_noise,
+            tileable=tileable,
         )
-        self._check_strategy(strategy, cascade_sigma, cascade_hold, noise_shift, spectral_gain)
-        draw_noise = run["draw_noise"]
+        self._check_latents(latents, (batch_size, *self._noise_size((height, width), strategy)))
 
-        # 2. Noise, in float32 throughout: at sigma 80 half precision would swallow the image
-        if latents is None:
-            latents = draw_noise((batch_size, self.unet.config.in_channels, height, width))
-        latents = latents.to(self._execution_device, torch.float32)
-        small = self._small_size(height, width) if strategy != "direct" else (height, width)
-        if strategy == "cascade":  # begins with the low modes of the same noise
-            latents = fourier_resample(latents, small) * math.sqrt(height * width / math.prod(small))
-        self._set_timesteps(num_inference_steps, latents.shape, noise_shift)
-        latents = latents * self.scheduler.init_noise_sigma
+        # 2. Sample, in float32 throughout: at sigma 80 half precision would swallow the image
+        sample_at = {"octaves": self._sample_octaves, "direct": self._sample_direct, "cascade": self._sample_cascade}
+        sample = sample_at[strategy](run, (height, width), latents)
 
-        # 3. Denoise
-        timesteps, growth, project = self.scheduler.timesteps, {}, None
-        if strategy == "guided" and small != (height, width):
-            project = partial(self._replace_low_frequencies, small, run["predict"])
-        elif strategy == "cascade":
-            set_timesteps = partial(self._set_timesteps, num_inference_steps, noise_shift=noise_shift)
-            grow = partial(self._start_stage, set_timesteps, draw_noise, cascade_hold)
-            timesteps, growth = self._cascade(small, (height, width), cascade_sigma, set_timesteps, grow)
-        switches = {
-            "use_tileable": tileable,
-            "use_fixed_levels": self._small_size(height, width, "fixed_levels") if fixed_levels else None,
-            "use_spectral_gain": None,
-        }
-        if spectral_gain:
-            factor = self._relative_side((height, width), "spectral_gain")
-            switches["use_spectral_gain"] = max(1.0, factor) ** spectral_gain
-        with self._models(switches):
-            latents = self._denoise(latents, timesteps, **run, project=project, growth=growth)
-
-        # 4. Images
-        images = self._postprocess(latents, output_type)
+        # 3. Images
+        images = self._postprocess(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @contextlib.contextmanager
-    def _models(self, switches: dict):
-        """Until it ends, the models are in these contexts of theirs, by name; a value of None changes nothing."""
-        with contextlib.ExitStack() as stack:
-            for model in (self.unet, self.guide):
-                for switch, value in switches.items():
-                    if model is None or value is None:
-                        continue
-                    if not hasattr(model, switch):
-                        name, kind = switch.removeprefix("use_"), type(model).__name__
-                        raise ValueError(f"`{name}` needs a DFUModel, but got a {kind}: leave it out.")
-                    stack.enter_context(getattr(model, switch)(value))
-            yield
+    # --- Strategies ---
 
-    @property
-    def _periodic(self) -> tuple[bool, bool]:
-        """For (rows, columns) whether the images tile the plane."""
-        return getattr(self.unet, "periodic", (False, False))
+    def _sample_direct(self, run: "Run", size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
+        """The sample (batch, channels, height, width) of `unet` at the full size."""
+        scheduler = self._scheduler_of(run.num_inference_steps)
+        noise = run.draw_noise((run.batch_size, self._channels, *size)) if latents is None else latents
+        noise = noise.to(self._execution_device, torch.float32)
+        with self._progress(run, len(scheduler.timesteps)):
+            return self._denoise(run, noise * scheduler.init_noise_sigma, scheduler, run.predict)
+
+    def _sample_octaves(self, run: "Run", size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
+        """The sample of `unet` on its grid, and what the refiner adds to it."""
+        base, device = self._sample_size("strategy='octaves'"), self._execution_device
+        noise = NestedNoise(run.batch_size, self._channels, run.generator, run.periodic, device)
+        if latents is None:
+            normals = noise.coefficients(self._noise_size(size, "octaves")[1:])
+        else:
+            normals = coefficients_of(latents.to(device, torch.float32), run.periodic)
+        scheduler = self._scheduler_of(run.num_inference_steps)
+        octaves = octave_sizes(size, base)
+        with self._progress(run, len(scheduler.timesteps) + self._refiner_calls(run, octaves)):
+            start = noise.white(normals[..., : base[0], : base[1]]) * scheduler.init_noise_sigma
+            run.draw_noise = lambda shape: noise.white(noise.coefficients(shape[-2:]))
+            picture = self._denoise(run, start, scheduler, run.predict)
+            modes = to_modes(picture, periodic=run.periodic, averaged=True)
+            picture = self._refine(run, from_modes(modes, base, run.periodic), octaves, noise, normals)
+        return average_pixels(picture, run.periodic)
+
+    def _sample_cascade(self, run: "Run", size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
+        """The sample of `unet` at a small size, enlarged, noised and denoised again and again."""
+        small = self._small_size(*size)
+        if latents is None:
+            latents = run.draw_noise((run.batch_size, self._channels, *size))
+        # Begins with the low modes of the same noise.
+        latents = fourier_resample(latents.to(self._execution_device, torch.float32), small)
+        latents = latents * math.sqrt(math.prod(size) / math.prod(small))
+        scheduler = self._scheduler_of(run.num_inference_steps)
+        levels = scheduler.sigmas[: len(scheduler.timesteps) : scheduler.order]
+        begin = scheduler.order * int((levels / CASCADE_SIGMA).log().abs().argmin())
+        stages, calls = growing_sizes(small, size), len(scheduler.timesteps)
+        with self._progress(run, calls + len(stages) * (calls - begin)):
+            sample = self._denoise(run, latents * scheduler.init_noise_sigma, scheduler, run.predict)
+            for stage in stages:
+                sample = self._enlarge(run, sample, stage, begin)
+        return sample
+
+    def _enlarge(self, run: "Run", images: torch.Tensor, size: tuple[int, int], begin: int) -> torch.Tensor:
+        """Images of `size` like those given: enlarged, noised to the level of network call `begin`, and denoised with
+        their lowest frequencies held."""
+        scheduler = self._scheduler_of(run.num_inference_steps)
+        scheduler.set_begin_index(begin)
+        large = resize_bicubic(images, size, run.periodic)
+        held = tuple(max(1, round(CASCADE_HOLD * side)) for side in images.shape[-2:])
+
+        def hold(denoised):
+            return denoised + fourier_resample(fourier_resample(large - denoised, held), size)
+
+        noisy = scheduler.add_noise(large, run.draw_noise(large.shape), scheduler.timesteps[begin : begin + 1])
+        return self._denoise(run, noisy, scheduler, run.predict, hold, begin)
+
+    def _refine(
+        self,
+        run: "Run",
+        picture: torch.Tensor,
+        octaves: list[tuple[int, int]],
+        noise: NestedNoise,
+        normals: torch.Tensor | None = None,
+        noise_level: float = 0.0,
+        project: Callable | None = None,
+    ) -> torch.Tensor:
+        """Let a picture grow through `octaves`, the first of which is its own grid.
+
+        Args:
+            picture: (batch, channels, height, width), values at pixel centres.
+            noise, normals: source of noise, and the coefficients of the octaves' noise; None to draw them.
+            noise_level: deviation of noise that the picture has already.
+            project: replaces each estimate of a picture, (batch, channels, height, width), by another one.
+        """
+        periodic, told = run.periodic, math.hypot(COARSE_NOISE, noise_level)
+        for coarse, size in zip(octaves, octaves[1:]):
+            if project is not None:
+                picture = project(picture)
+            modes = to_modes(picture, size, periodic)
+            if share_beyond(size, coarse, periodic) == 0:
+                picture = from_modes(modes, size, periodic)
+                continue
+            unit = to_modes(noise.white(noise.coefficients(coarse)), size, periodic)
+            condition = from_modes(modes + COARSE_NOISE * unit, size, periodic)
+            picture = from_modes(modes, size, periodic)
+            picture = picture + self._sample_detail(run, picture, condition, told, coarse, noise, normals, project)
+            if self._interrupt:
+                return resize_modes(picture, octaves[-1], periodic)
+        return picture
+
+    def _sample_detail(self, run, picture, condition, told, coarse, noise, normals, project) -> torch.Tensor:
+        """Detail of `picture`, which has the modes of the grid `coarse`, given `condition`, the same with noise."""
+        size, periodic = tuple(picture.shape[-2:]), run.periodic
+        scheduler = octave_scheduler(self.scheduler, self.refiner)
+        scheduler.set_timesteps(run.octave_steps, device=picture.device)
+        scheduler.set_begin_index(0)
+        run.draw_noise = lambda shape: noise.beyond(size, coarse)
+
+        def predict(sample, timestep):  # as the sample has no coarse modes, neither have the denoised ones
+            output = [
+                refine_in_strips(
+                    self.refiner, sample[part], timestep, condition[part], told, run.tileable, self._max_pixels
+                )
+                for part in run.parts
+            ]
+            return beyond(torch.cat(output), coarse, periodic)
+
+        def replace(denoised):
+            return beyond(project(picture + denoised) - picture, coarse, periodic)
+
+        detail = noise.beyond(size, coarse, normals) * scheduler.init_noise_sigma
+        detail = self._denoise(run, detail, scheduler, predict, replace if project else None)
+        return beyond(detail, coarse, periodic)
+
+    def enable_tiling(self, max_pixels: int = MAX_PIXELS) -> None:
+        """Let the refiner see at most about `max_pixels` at once, in strips, to bound memory: the picture is the same.
+        On by default, for pictures of more than 2^20 pixels."""
+        _check_count("max_pixels", max_pixels)
+        self._max_pixels = int(max_pixels)
+
+    def disable_tiling(self) -> None:
+        """Let the refiner see whole pictures, however large."""
+        self._max_pixels = sys.maxsize
+
+    # --- Steps ---
 
     def _begin(
         self,
         *,
         batch_size,
+        num_inference_steps,
         class_labels,
         generator,
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
         max_batch_size,
-        guidance_scale,
-        nested=True,
+        guidance_scale=1.0,
+        octave_steps=None,
+        tileable=None,
         **others,
-    ) -> dict:
-        """Check what the pipelines of this package have in common; how to run, as `_denoise` takes it."""
-        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        self.check_inputs(
-            batch_size=batch_size,
-            generator=generator,
-            callback_inputs=callback_inputs,
-            max_batch_size=max_batch_size,
-            **others,
-        )
+    ) -> "Run":
+        """Check what the pipelines of this package have in common; how to run."""
+        callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or []
+        counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "octave_steps": octave_steps}
+        counts |= {"max_batch_size": max_batch_size}
+        self.check_inputs(batch_size, counts, generator=generator, callback_inputs=callback_inputs, **others)
         class_labels = self._class_labels(class_labels, batch_size)
         self._check_guidance(guidance_scale)
+        periodic = self._periodic_axes(tileable)
         self._interrupt = False
-        return {
-            "predict": partial(
-                self._predict,
-                class_labels=class_labels,
-                max_batch_size=max_batch_size or batch_size,
-                guidance_scale=guidance_scale,
+        step = max_batch_size or batch_size
+        return Run(
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            octave_steps=octave_steps,
+            generator=generator,
+            predict=partial(
+                self._predict, class_labels=class_labels, step=step, guidance_scale=guidance_scale, tileable=tileable
             ),
-            "generator": generator,
-            "draw_noise": partial(self._draw_noise, generator=generator, nested=nested),
-            "callback": callback_on_step_end,
-            "callback_inputs": callback_inputs,
-        }
+            draw_noise=partial(nested_noise, generator=generator, device=self._execution_device),
+            callback=callback_on_step_end,
+            callback_inputs=callback_inputs,
+            periodic=periodic,
+            tileable="".join(axis for axis, joined in zip("yx", periodic) if joined)[::-1] or None,
+            parts=[slice(start, start + step) for start in range(0, batch_size, step)],
+        )
+
+    @contextlib.contextmanager
+    def _progress(self, run: "Run", calls: int):
+        """One progress bar for all network calls of a run."""
+        self._num_timesteps, run.calls = calls, 0
+        with self.progress_bar(total=calls) as run.bar:
+            yield
+
+    def _refiner_calls(self, run: "Run", octaves: list[tuple[int, int]]) -> int:
+        scheduler = octave_scheduler(self.scheduler, self.refiner)
+        scheduler.set_timesteps(run.octave_steps)
+        grown = sum(share_beyond(size, coarse, run.periodic) > 0 for coarse, size in zip(octaves, octaves[1:]))
+        return grown * len(scheduler.timesteps)
+
+    def _scheduler_of(self, steps: int):
+        """The pipeline's scheduler at the beginning of a run of `steps`."""
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
+        if hasattr(self.scheduler, "set_begin_index"):  # spares a search for the first timestep, a wait for the device
+            self.scheduler.set_begin_index(0)
+        return self.scheduler
 
     def _denoise(
         self,
+        run: "Run",
         latents: torch.Tensor,
-        timesteps: torch.Tensor,
+        scheduler,
         predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        generator: torch.Generator | list[torch.Generator] | None,
-        draw_noise: Callable[[tuple], torch.Tensor],
-        callback: Callable | None,
-        callback_inputs: list[str],
-        project: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        growth: dict[int, Callable[[torch.Tensor], tuple[torch.Tensor, Callable]]] | None = None,
+        project: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        begin: int = 0,
     ) -> torch.Tensor:
-        """Take noisy images through `timesteps`.
+        """Take noisy images through the timesteps of `scheduler`, from network call `begin` on.
 
         Args:
             predict: the network's output for the scaled images at a timestep.
-            generator, draw_noise: whichever of them the scheduler takes its noise from.
-            project: replaces each denoised image by another one; called with it and the noisy images.
-            growth: by number of a network call, what turns the images into others before it, and the `project` from
-                there on.
+            project: replaces each denoised image by another one.
         """
-        noise = {"generator": generator, "noise_sampler": draw_noise}
-        accepted = inspect.signature(self.scheduler.step).parameters
+        noise = {"generator": run.generator, "noise_sampler": run.draw_noise}
+        accepted = inspect.signature(scheduler.step).parameters
         noise = {name: source for name, source in noise.items() if name in accepted}
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                if growth and i in growth:
-                    latents, project = growth[i](latents)
-                output = predict(self.scheduler.scale_model_input(latents, t), t)
-                if project is not None:
-                    output = self._projected(output, latents, project)
-                latents = self.scheduler.step(output, t, latents, **noise, return_dict=False)[0]
-                if callback is not None:
-                    changed = callback(self, i, t, dict.fromkeys(callback_inputs, latents))
-                    latents = (changed or {}).get("latents", latents)
-                progress_bar.update()
+        for t in scheduler.timesteps[begin:]:
+            if self._interrupt:
+                break
+            output = predict(scheduler.scale_model_input(latents, t), t)
+            if project is not None:
+                output = _projected(scheduler, output, latents, project)
+            latents = scheduler.step(output, t, latents, **noise, return_dict=False)[0]
+            if run.callback is not None:
+                changed = run.callback(self, run.calls, t, dict.fromkeys(run.callback_inputs, latents))
+                latents = (changed or {}).get("latents", latents)
+            run.calls += 1
+            run.bar.update()
         return latents
 
-    def _projected(self, output: torch.Tensor, latents: torch.Tensor, project: Callable) -> torch.Tensor:
-        """The network output F' whose denoised image c_skip x + c_out F' is the projection of that of `output`."""
-        sigma = self.scheduler.sigmas[self.scheduler.step_index].item()
-        denoised = self.scheduler.precondition_outputs(latents, output, sigma)
-        c_out = self.scheduler.precondition_outputs(0.0, 1.0, sigma)
-        return output + (project(denoised, latents) - denoised) / c_out
-
-    def _predict(self, sample, timestep, class_labels, max_batch_size: int, guidance_scale: float) -> torch.Tensor:
+    def _predict(self, sample, timestep, class_labels, step: int, guidance_scale: float, tileable) -> torch.Tensor:
         """The network's output (batch, channels, height, width), float32, guided unless the scale is 1."""
-        output = self._evaluate(sample.to(self.unet.dtype), timestep, class_labels, max_batch_size).float()
+        evaluate = partial(self._evaluate, timestep=timestep, step=step, tileable=tileable)
+        output = evaluate(self.unet, sample, class_labels=class_labels)
         if guidance_scale == 1:
             return output
         if self.guide is not None:
-            sample = sample.to(self.guide.dtype)
-            weak = self._evaluate(sample, timestep, class_labels, max_batch_size, self.guide)
+            weak = evaluate(self.guide, sample, class_labels=class_labels)
         else:
             no_class = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
-            weak = self._evaluate(sample.to(self.unet.dtype), timestep, no_class, max_batch_size)
-        return weak.float().lerp(output, guidance_scale)  # at one noise level D is linear in the output
+            weak = evaluate(self.unet, sample, class_labels=no_class)
+        return weak.lerp(output, guidance_scale)  # at one noise level D is linear in the output
 
-    def _evaluate(self, sample, timestep, class_labels, max_batch_size: int, model=None) -> torch.Tensor:
-        """The output of `model`, by default `unet`, for at most `max_batch_size` images at a time."""
-        outputs, model = [], self.unet if model is None else model
-        for start in range(0, len(sample), max_batch_size):
-            part = slice(start, start + max_batch_size)
+    def _evaluate(self, model, sample, timestep, class_labels, step: int, tileable) -> torch.Tensor:
+        """The output of `model`, float32, for at most `step` images at a time."""
+        sample, outputs = sample.to(model.dtype), []
+        options = {} if tileable is None else {"tileable": tileable}
+        for start in range(0, len(sample), step):
+            part = slice(start, start + step)
             labels = None if class_labels is None else class_labels[part]
-            outputs.append(model(sample[part], timestep, labels, return_dict=False)[0])
-        return torch.cat(outputs)
-
-    # --- Beyond the training size ---
-
-    def _replace_low_frequencies(
-        self, size: tuple[int, int], predict: Callable, denoised: torch.Tensor, latents: torch.Tensor
-    ):
-        """`denoised` with the low frequencies of what the network makes of `latents` on the grid `size`.
-
-        Cut to these frequencies the sample is an image on the small grid with noise that is white there, too, of a
-        lower level: by the ratio of the sides, as the image keeps its amplitude.
-        """
-        scheduler = self.scheduler
-        ratio = math.sqrt(math.prod(size) / math.prod(latents.shape[-2:]))
-        sigma = scheduler.sigmas[scheduler.step_index].to(latents.device) * ratio
-        small = fourier_resample(latents, size)
-        output = predict(scheduler.precondition_inputs(small, sigma), scheduler.precondition_noise(sigma))
-        layout = scheduler.precondition_outputs(small, output, sigma)
-        return denoised + fourier_resample(layout - fourier_resample(denoised, size), denoised.shape[-2:])
-
-    def _cascade(self, small, size, sigma: float, set_timesteps: Callable, grow: Callable) -> tuple:
-        """Timesteps of all stages from `small` to `size`, and by number of the first network call of each but the
-        first what leads to it: the `growth` of `_denoise`."""
-        scheduler, timesteps, growth = self.scheduler, self.scheduler.timesteps, {}
-        for stage in growing_sizes(small, size):
-            set_timesteps(stage)
-            levels = scheduler.sigmas[: len(scheduler.timesteps) : scheduler.order]
-            begin = scheduler.order * int((levels / sigma).log().abs().argmin())
-            growth[len(timesteps)] = partial(grow, stage, begin)
-            timesteps = torch.cat([timesteps, scheduler.timesteps[begin:]])
-        set_timesteps(small)
-        return timesteps, growth
-
-    def _start_stage(
-        self, set_timesteps, draw_noise, hold: float, size: tuple, begin: int, images: torch.Tensor
-    ) -> tuple:
-        """Enlarge `images` and give them the noise of network call `begin`, where the scheduler now starts.
-
-        Returns the noisy images, and what holds the low frequencies of the denoised ones at those of `images`.
-        """
-        set_timesteps(size)
-        self.scheduler.set_begin_index(begin)
-        large = resize_bicubic(images, size, self._periodic)
-        held = tuple(max(1, round(hold * side)) for side in images.shape[-2:])
-
-        def project(denoised, latents):
-            return denoised + fourier_resample(fourier_resample(large - denoised, held), size)
-
-        noisy = self.scheduler.add_noise(large, draw_noise(large.shape), self.scheduler.timesteps[begin : begin + 1])
-        return noisy, project if hold > 0 else None
-
-    def _set_timesteps(self, steps: int, shape: tuple[int, ...], noise_shift: float) -> None:
-        """The schedule for images of `shape` (..., height, width)."""
-        scale = {}
-        if noise_shift:
-            scale["noise_scale"] = self._relative_side(shape[-2:], "noise_shift") ** noise_shift
-        self.scheduler.set_timesteps(steps, device=self._execution_device, **scale)
-        if hasattr(self.scheduler, "set_begin_index"):  # spares a search for the first timestep, a wait for the device
-            self.scheduler.set_begin_index(0)
-
-    def _relative_side(self, size: tuple[int, int], argument: str) -> float:
-        """Of a square of as many pixels as `size`, over that of the model's `sample_size`, which `argument` needs."""
-        return math.sqrt(math.prod(size) / math.prod(self._sample_size(argument)))
-
-    def _small_size(self, height: int, width: int, argument: str = "strategy") -> tuple[int, int]:
-        """The size shrunk, in its own shape, to fit into the model's `sample_size`, which `argument` needs."""
-        limits = self._sample_size(argument)
-        scale = min(1, limits[0] / height, limits[1] / width)
-        return max(1, round(scale * height)), max(1, round(scale * width))
-
-    def _sample_size(self, argument: str) -> tuple[int, int]:
-        """That of the model's config, which `argument` needs."""
-        size = self._size(None, None)
-        if None in size:
-            raise ValueError(f"`{argument}` needs a model with a `sample_size` in its config, but this one has none.")
-        return size
-
-    def _draw_noise(self, shape, generator, nested: bool) -> torch.Tensor:
-        draw = nested_noise if nested else randn_tensor
-        return draw(tuple(shape), generator=generator, device=self._execution_device, dtype=torch.float32)
+            outputs.append(model(sample[part], timestep, labels, return_dict=False, **options)[0])
+        return torch.cat(outputs).float()
 
     def _postprocess(self, sample: torch.Tensor, output_type: str, do_denormalize: bool = True):
         """Images of a sample, which is in [-1, 1], or in [0, 1] already if not `do_denormalize`."""
@@ -491,34 +525,86 @@ class DFUPipeline(DiffusionPipeline):
 
     # --- Inputs ---
 
+    @property
+    def _channels(self) -> int:
+        return self.unet.config.in_channels
+
     def _size(self, height, width) -> tuple[int, int]:
-        """Height and width, each from the model's `sample_size` if it is None."""
-        default = getattr(self.unet.config, "sample_size", None)
-        default = default if isinstance(default, (tuple, list)) else (default, default)
+        """Height and width, each from the `sample_size` of the refiner or of `unet` if it is None."""
+        model = self.unet if self.refiner is None else self.refiner
+        default = _pair(getattr(model.config, "sample_size", None))
         return tuple(given if given is not None else fallback for given, fallback in zip((height, width), default))
 
+    def _sample_size(self, purpose: str) -> tuple[int, int]:
+        """That of `unet`, which `purpose` needs."""
+        size = _pair(getattr(self.unet.config, "sample_size", None))
+        if None in size:
+            raise ValueError(f"{purpose} needs a model with a `sample_size` in its config, but this one has none.")
+        return size
+
+    def _small_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size shrunk, in its own shape, to fit into the model's `sample_size`."""
+        limits = self._sample_size("strategy='cascade'")
+        scale = min(1, limits[0] / height, limits[1] / width)
+        return max(1, round(scale * height)), max(1, round(scale * width))
+
+    def _noise_size(self, size: tuple[int, int], strategy: str) -> tuple[int, int, int]:
+        """Channels, height and width of the noise from which a strategy starts."""
+        if strategy == "octaves":  # which begin with a whole grid of `unet`
+            size = tuple(max(sides) for sides in zip(size, self._sample_size("strategy='octaves'")))
+        return self._channels, *size
+
+    def _strategy(self, strategy: str | None) -> str:
+        if strategy is None:
+            strategy = "direct" if self.refiner is None else "octaves"
+        if strategy not in STRATEGIES:
+            raise ValueError(f"`strategy` must be one of {STRATEGIES}, or None for the best, but got {strategy!r}.")
+        if strategy == "octaves":
+            self._check_refiner()
+        if strategy != "direct" and not hasattr(self.scheduler, "precondition_outputs"):
+            raise ValueError(
+                f"strategy={strategy!r} needs a scheduler that knows EDM's noise levels, but "
+                f"{type(self.scheduler).__name__} does not: use `EDMHeunScheduler`, `EDMEulerScheduler` or "
+                "`EDMDPMSolverMultistepScheduler`, or strategy='direct'."
+            )
+        return strategy
+
+    def _check_refiner(self) -> None:
+        """Raise a ValueError unless there is a refiner that fits `unet`."""
+        if self.refiner is None:
+            raise ValueError(
+                "strategy='octaves' needs a refiner: load the pipeline with `refiner=DFURefiner.from_pretrained(...)`."
+            )
+        if self.refiner.config.in_channels != self._channels:
+            raise ValueError(
+                f"`refiner` must take the images of `unet`, of {self._channels} channels, but it takes "
+                f"{self.refiner.config.in_channels}: load the pipeline with another refiner."
+            )
+        base, least = self._sample_size("A refiner"), self.refiner.config.coarse_size
+        if min(base) < least:
+            raise ValueError(
+                f"`refiner` adds detail to pictures of at least {least} pixels a side, but `unet` draws {base[0]}x"
+                f"{base[1]} (`sample_size`): load the pipeline with another refiner, or use strategy='direct'."
+            )
+
+    def _periodic_axes(self, tileable: str | None) -> tuple[bool, bool]:
+        """Whether (rows, columns) tile."""
+        if tileable not in (None, "x", "y", "xy"):
+            raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
+        for model in filter(None, (self.unet, self.guide)):
+            if tileable and "tileable" not in inspect.signature(model.forward).parameters:
+                raise ValueError(f"`tileable` needs a DFUModel, but got a {type(model).__name__}: leave it out.")
+        axes = tileable or getattr(self.unet.config, "tileable", None) or ""
+        return "y" in axes, "x" in axes
+
     def check_inputs(
-        self,
-        batch_size,
-        height,
-        width,
-        num_inference_steps,
-        generator,
-        latents,
-        output_type,
-        callback_inputs,
-        max_batch_size,
+        self, batch_size, counts: dict, height, width, generator, output_type, callback_inputs
     ) -> None:
         """Raise a ValueError or TypeError that names the argument, what was given and what is allowed."""
-        counts = {
-            "batch_size": batch_size,
-            "height": height,
-            "width": width,
-            "num_inference_steps": num_inference_steps,
-        }
-        counts |= {} if max_batch_size is None else {"max_batch_size": max_batch_size}
-        for name, value in counts.items():
-            _check_count(name, value)
+        optional = ("max_batch_size", "octave_steps")
+        for name, value in {**counts, "height": height, "width": width}.items():
+            if value is not None or name not in optional:
+                _check_count(name, value)
 
         channels, out_channels = self.unet.config.in_channels, self.unet.config.out_channels
         if channels != out_channels:
@@ -544,50 +630,20 @@ class DFUPipeline(DiffusionPipeline):
                 f"(`batch_size`), but got a list of {len(generator)}."
             )
 
-        if latents is not None and not (torch.is_tensor(latents) and latents.is_floating_point()):
-            got = latents.dtype if torch.is_tensor(latents) else type(latents).__name__
-            raise TypeError(f"`latents` must be a floating point tensor of unit normal noise, but got {got}.")
-        expected = (batch_size, channels, height, width)
-        if latents is not None and latents.shape != expected:
-            raise ValueError(
-                f"`latents` must have shape (batch_size, channels, height, width) = {expected}, but got "
-                f"{tuple(latents.shape)}: pass the matching `batch_size`, `height` and `width`."
-            )
-
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, but got {unknown}."
             )
 
-    def _check_strategy(self, strategy, cascade_sigma, cascade_hold, noise_shift, spectral_gain) -> None:
-        if strategy not in STRATEGIES:
-            raise ValueError(f"`strategy` must be one of {STRATEGIES}, but got {strategy!r}.")
-        if strategy != "direct" and not hasattr(self.scheduler, "precondition_outputs"):
+    def _check_latents(self, latents, expected: tuple[int, int, int, int]) -> None:
+        if latents is not None and not (torch.is_tensor(latents) and latents.is_floating_point()):
+            got = latents.dtype if torch.is_tensor(latents) else type(latents).__name__
+            raise TypeError(f"`latents` must be a floating point tensor of unit normal noise, but got {got}.")
+        if latents is not None and latents.shape != expected:
             raise ValueError(
-                f"`strategy={strategy!r}` needs a scheduler that knows EDM's noise levels, but "
-                f"{type(self.scheduler).__name__} does not: use `EDMHeunScheduler`, `EDMEulerScheduler` or "
-                "`EDMDPMSolverMultistepScheduler`, or the strategy 'direct'."
-            )
-        _check_positive("cascade_sigma", cascade_sigma)
-        if not _is_number(cascade_hold):
-            raise TypeError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
-        if not 0 <= cascade_hold <= 1:
-            raise ValueError(f"`cascade_hold` must be a number in [0, 1], but got {cascade_hold!r}.")
-        if not _is_number(noise_shift) or not math.isfinite(noise_shift):
-            raise TypeError(f"`noise_shift` must be a finite number, 0 for no shift, but got {noise_shift!r}.")
-        if not _is_number(spectral_gain):
-            raise TypeError(f"`spectral_gain` must be a number, 0 for no gain, but got {spectral_gain!r}.")
-        if not -8 <= spectral_gain <= 8:
-            raise ValueError(f"`spectral_gain` must lie in [-8, 8], 0 for no gain, but got {spectral_gain!r}.")
-        if spectral_gain and strategy != "direct":
-            raise ValueError(
-                f"`spectral_gain` is for strategy='direct', but got {strategy!r}, which also samples at small sizes."
-            )
-        if noise_shift and "noise_scale" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(
-                f"`noise_shift` {noise_shift} needs `EDMHeunScheduler`, but got {type(self.scheduler).__name__}: "
-                "change the scheduler, or leave `noise_shift` at 0."
+                f"`latents` must have shape (batch_size, channels, height, width) = {expected}, but got "
+                f"{tuple(latents.shape)}: pass the matching `batch_size`, `height` and `width`."
             )
 
     def _check_guidance(self, guidance_scale) -> None:
@@ -627,3 +683,22 @@ class DFUPipeline(DiffusionPipeline):
         if labels.shape != (batch_size,) or labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"`class_labels` must be {allowed}, but got {class_labels!r}.")
         return labels.to(self._execution_device, torch.long)
+
+
+def _pair(size) -> tuple:
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def _projected(scheduler, output: torch.Tensor, latents: torch.Tensor, project: Callable) -> torch.Tensor:
+    """The network output F' whose denoised image c_skip x + c_out F' is the projection of that of `output`."""
+    sigma = scheduler.sigmas[scheduler.step_index].item()
+    denoised = scheduler.precondition_outputs(latents, output, sigma)
+    c_out = scheduler.precondition_outputs(0.0, 1.0, sigma)
+    return output + (project(denoised) - denoised) / c_out
+
+
+def _check_retired(arguments: dict) -> None:
+    for name in arguments:
+        if name in RETIRED:
+            raise TypeError(f"`{name}` was retired: {RETIRED[name]} (see CHANGELOG.md).")
+        raise TypeError(f"The pipeline has no argument `{name}`.")

@@ -36,21 +36,28 @@ def nested_noise(
     """
     batch, channels, height, width = map(int, shape)  # also of NumPy's integers
     generators = generator if isinstance(generator, list) else [generator] * batch
-    normals = torch.stack([_endless_normals(channels, height, width, each) for each in generators])
+    normals = nested_normals((batch, channels, height, width), generators)
     rows, columns = (fourier_basis(n, n).to(normals) for n in (height, width))
     return (rows.T @ normals @ columns).to(device, dtype)
+
+
+def nested_normals(shape: tuple[int, int, int, int], generators: list[torch.Generator | None]) -> torch.Tensor:
+    """The corners (batch, channels, H, W), float32 on the CPU, of endless arrays of normals, one for each generator."""
+    _, channels, height, width = shape
+    return torch.stack([_endless_normals(channels, height, width, each) for each in generators])
 
 
 def _endless_normals(channels: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
     """The corner (channels, height, width), float32, of an endless array of normals."""
     device = "cpu" if generator is None else generator.device
     table = (NOISE_LEVELS, NOISE_LEVELS)
-    seeds = torch.randint(2**32, table, generator=generator, device=device).tolist()  # more bits a CPU seed has not
-    normals, source = torch.empty(channels, height, width, device="cpu"), torch.Generator("cpu")
+    seeds = torch.randint(2**32, table, generator=generator, device=device).tolist()  # CPU seeds use 32 bits
+    normals, source = torch.empty(channels, height, width, device="cpu", dtype=torch.float32), torch.Generator("cpu")
     for row_seeds, (top, bottom) in zip(seeds, _octaves(height)):
         for seed, (left, right) in zip(row_seeds, _octaves(width)):
             shape = (channels, bottom - top, right - left)
-            block = torch.randn(shape, generator=source.manual_seed(seed), device="cpu")  # not the default device
+            source.manual_seed(seed)
+            block = torch.randn(shape, generator=source, device="cpu", dtype=torch.float32)  # whatever the defaults are
             normals[:, top:bottom, left:right] = block[:, : height - top, : width - left]
     return normals
 

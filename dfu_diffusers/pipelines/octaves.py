@@ -1,0 +1,86 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Parts of sampling octave by octave: noise that is the same at every size, and the refiner in strips."""
+
+import math
+
+import torch
+
+from ..models.modes import Axes, from_modes, mode_basis, num_modes
+from .noise import nested_normals
+
+COARSE_NOISE = 0.01  # deviation of the noise on the coarse picture that the refiner is told of
+MAX_PIXELS = 2**20  # that the refiner sees at once, unless told otherwise
+
+
+class NestedNoise:
+    """Unit normal coefficients of modes, the same for every size of a picture and for every batch.
+
+    Each picture has a generator of its own, seeded by the user's: the k-th draw of a picture depends on nothing else.
+
+    Args:
+        pictures: their number.
+        channels: of each.
+        generator: the user's; a list has one for each picture.
+        periodic: axes, (rows, columns), that tile.
+    """
+
+    def __init__(self, pictures: int, channels: int, generator, periodic: Axes, device):
+        given = generator if isinstance(generator, list) else [generator] * pictures
+        seeds = [_draw_seed(each) for each in given]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self.channels, self.periodic, self.device = channels, periodic, device
+
+    def coefficients(self, size: tuple[int, int]) -> torch.Tensor:
+        """(pictures, channels, height, width) of the lowest modes; every call draws anew."""
+        return nested_normals((len(self.generators), self.channels, *size), self.generators).to(self.device)
+
+    def beyond(self, size: tuple[int, int], coarse: tuple[int, int], normals: torch.Tensor | None = None):
+        """White unit noise on the grid `size`, less the modes of the grid `coarse`."""
+        normals = (self.coefficients(size) if normals is None else normals)[..., : size[0], : size[1]].clone()
+        rows, columns = (num_modes(min(n, c), axis) for n, c, axis in zip(size, coarse, self.periodic))
+        normals[..., :rows, :columns] = 0
+        return self.white(normals)
+
+    def white(self, normals: torch.Tensor) -> torch.Tensor:
+        """White unit noise with these coefficients."""
+        size = normals.shape[-2:]
+        return from_modes(normals / math.sqrt(math.prod(size)), size, self.periodic)
+
+
+def coefficients_of(noise: torch.Tensor, periodic: Axes) -> torch.Tensor:
+    """The coefficients from which `NestedNoise.white` would make this noise (..., H, W)."""
+    rows, columns = (mode_basis(n, axis).to(noise) for n, axis in zip(noise.shape[-2:], periodic))
+    return rows @ noise @ columns.T
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**62, (), generator=generator, device=device, dtype=torch.int64).item()
+
+
+def octave_scheduler(scheduler, refiner):
+    """A scheduler of the same kind and settings for the refiner's detail."""
+    config = {"sigma_data": refiner.config.detail_std, "sigma_max": refiner.config.sigma_max}
+    return type(scheduler).from_config(scheduler.config, **config)
+
+
+def refine_in_strips(
+    refiner, sample: torch.Tensor, timestep, coarse: torch.Tensor, coarse_noise, tileable: str | None, max_pixels: int
+) -> torch.Tensor:
+    """The refiner's output, one picture and one strip of rows of at most about `max_pixels` at a time where the batch
+    has more. A strip is seen with as many rows around it as its output depends on, so the result is the same."""
+    batch, _, height, width = sample.shape
+    dtype = refiner.dtype
+    if batch * height * width <= max_pixels:
+        return refiner(sample.to(dtype), timestep, coarse.to(dtype), coarse_noise, tileable, return_dict=False)[0].float()
+    rows = max(2, max_pixels // width // 2 * 2)  # even, for the refiner takes pixels two by two
+    output, halo, wraps = torch.empty_like(sample), refiner.reach, "y" in (tileable or "")
+    for picture in range(batch):
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            first, last = (top - halo, bottom + halo) if wraps else (max(0, top - halo), min(height, bottom + halo))
+            index = torch.arange(first, last, device=sample.device) % height
+            strip, below = (x[picture : picture + 1].index_select(2, index).to(dtype) for x in (sample, coarse))
+            result = refiner(strip, timestep, below, coarse_noise, tileable, return_dict=False)[0]
+            output[picture, :, top:bottom] = result[0, :, top - first : bottom - first]
+    return output
