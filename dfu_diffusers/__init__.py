@@ -10,6 +10,7 @@ import diffusers as _diffusers
 from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  diffusers looks these names up in this package
 
 from .models.dfu import DFUModel
+from .models.refiner import DFURefiner
 from .pipelines.dfu import DFUPipeline
 from .pipelines.inpaint import DFUInpaintPipeline
 from .pipelines.remote_code import REMOTE_CODE_MODULES as _REMOTE_CODE_MODULES
@@ -17,7 +18,14 @@ from .pipelines.super_resolution import DFUSuperResolutionPipeline
 from .schedulers.edm_heun import EDMHeunScheduler
 
 __version__ = "0.1.0"
-__all__ = ["DFUInpaintPipeline", "DFUModel", "DFUPipeline", "DFUSuperResolutionPipeline", "EDMHeunScheduler"]
+__all__ = [
+    "DFUInpaintPipeline",
+    "DFUModel",
+    "DFUPipeline",
+    "DFURefiner",
+    "DFUSuperResolutionPipeline",
+    "EDMHeunScheduler",
+]
 
 # All that reaches into diffusers beyond its public classes stands in the next two functions.
 

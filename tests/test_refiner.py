@@ -143,7 +143,9 @@ def test_lora(refiner):
 def test_export_with_any_size(refiner):
     x = draw(2, 3, 12, 10)
     inputs = (x, torch.tensor([-0.5, 0.1]), x, torch.tensor([0.01, 0.02]))
-    batch, height, width = (torch.export.Dim(name, min=least) for name, least in dict(batch=1, height=3, width=3).items())
+    batch, height, width = (
+        torch.export.Dim(name, min=least) for name, least in dict(batch=1, height=3, width=3).items()
+    )
     image, level = {0: batch, 2: height, 3: width}, {0: batch}
     shapes = dict(sample=image, timestep=level, coarse=image, coarse_noise=level)
     program = torch.export.export(refiner, inputs, dynamic_shapes=shapes)

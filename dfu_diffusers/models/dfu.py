@@ -6,16 +6,12 @@ arXiv 2401.06144. Each layer joins a 3x3 convolution, fixed in pixels, with a Fo
 2010.08895), fixed in cycles per image; around them stands the DDPM++ UNet of EDM (Karras et al., arXiv 2206.00364).
 """
 
-import math
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -57,8 +53,7 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
         spectral_boundary: whether waves pass from edge to opposite edge, "periodic", or are reflected, "mirror", or a
             pair for (rows, columns). With "mirror" modes count half cycles per image, see `SpectralConv2d`.
         tileable: axes along which the 3x3 convolutions take the opposite edge for a neighbour, for images that tile
-            the plane: "x" (left and right edges meet), "y", "xy" or None. A model trained without is switched by
-            `use_tileable`.
+            the plane: "x" (left and right edges meet), "y", "xy" or None. A call may choose others.
         spectral_rank: None for full matrices in each Fourier mode, or the share of the channels, in (0, 1), to which
             factors that all modes share reduce them, see `SpectralConv2d`: spectral weights shrink with its square.
             `factorized` turns a trained model into one of these.
@@ -150,8 +145,7 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
         self.norm_out = _group_norm(current, norm_num_groups, norm_eps)
         self.conv_out = conv(current, out_channels, NEAR_ZERO)
         self.gradient_checkpointing, self._checkpointed_levels = False, tuple(levels)
-        self._fixed_size = None
-        self._set_periodic(self._periodic_axes(tileable))
+        self._periodic_axes(tileable)  # raises if they do not fit the boundary
 
     def forward(
         self,
@@ -160,6 +154,7 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
         augment_labels: torch.Tensor | None = None,
+        tileable: Literal["x", "y", "xy"] | None = None,
     ) -> UNet2DOutput | tuple:
         """Evaluate the network.
 
@@ -170,6 +165,8 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
             class_labels: (batch,) integers in [0, num_class_embeds), for a class-conditional model.
             return_dict: return a `UNet2DOutput` rather than a tuple.
             augment_labels: (batch, num_augment_labels), None for zeros (an image that was not augmented).
+            tileable: axes along which the image tiles the plane, in place of the config's. Where all levels halve the
+                size without a rest, the output follows shifts of the input by whole pixels of the last level.
 
         Returns:
             `UNet2DOutput` with `sample` (batch, out_channels, height, width), or a tuple of it.
@@ -182,105 +179,31 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
 
         # 1. noise level and labels
         embedding = self._embed(sample, timestep, class_labels, augment_labels)
+        periodic = self._periodic_axes(self.config.tileable if tileable is None else tileable)
 
         # 2. encoder
-        sample = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        sample = self.conv_in(sample.contiguous(memory_format=torch.channels_last), periodic=periodic)
         skips = [sample]
         for block in self.down_blocks:
             height, width = sample.shape[-2:]
-            size = self._coarser(height, width, block.level) if block.resample else (height, width)
-            sample = self._run(block, sample, embedding, size)
+            size = ((height + 1) // 2, (width + 1) // 2) if block.resample else (height, width)
+            sample = self._run(block, sample, embedding, size, periodic)
             skips.append(sample)
 
         # 3. middle
         for block in self.mid_blocks:
-            sample = self._run(block, sample, embedding)
+            sample = self._run(block, sample, embedding, None, periodic)
 
         # 4. decoder
         for block in self.up_blocks:
             if not block.resample:  # rebound before the call, during which the parts would stay alive
                 sample = torch.cat([sample, skips.pop()], dim=1)
-            sample = self._run(block, sample, embedding, skips[-1].shape[-2:] if block.resample else None)
+            size = skips[-1].shape[-2:] if block.resample else None
+            sample = self._run(block, sample, embedding, size, periodic)
 
         # 5. output
-        sample = self.conv_out(_norm_silu(self.norm_out, sample)).contiguous()
+        sample = self.conv_out(_norm_silu(self.norm_out, sample), periodic=periodic).contiguous()
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
-
-    @contextmanager
-    def use_tileable(self, axes: Literal["x", "y", "xy"] | None) -> Iterator[None]:
-        """A context in which images tile the plane along `axes`, whatever the model was trained for.
-
-        The Fourier layers are periodic, and here the 3x3 convolutions are, too. Where all levels halve the size
-        without a rest, the output follows shifts of the input by whole pixels of the last level. None keeps the edges
-        apart. With gradient checkpointing the backward pass belongs inside, too.
-
-        Raises:
-            ValueError: other axes, or one whose `spectral_boundary` is "mirror".
-
-        >>> model = DFUModel(block_out_channels=(8,), layers_per_block=1, fourier_modes=(4,), attention_levels=())
-        >>> x = torch.randn(1, 3, 8, 9)
-        >>> with model.use_tileable("x"):
-        ...     shifted = model(x.roll(1, 3), 0.1).sample
-        ...     torch.testing.assert_close(shifted, model(x, 0.1).sample.roll(1, 3))
-        """
-        periodic, before = self._periodic_axes(axes), self.periodic
-        self._set_periodic(periodic)
-        try:
-            yield
-        finally:
-            self._set_periodic(before)
-
-    @contextmanager
-    def use_fixed_levels(self, size: tuple[int, int] | None) -> Iterator[None]:
-        """A context in which only the finest level grows with the image: the others keep, at most, the grids that they
-        have for an image of `size` (height, width); None changes nothing.
-
-        Beyond the training sizes the 3x3 convolutions and the attention of these levels then go on seeing what they
-        were trained on, and cost no more (after the resolution-aware UNet of HiDiffusion, arXiv 2311.17528).
-
-        Raises:
-            ValueError: a size that is not two integers of at least 1.
-
-        >>> model = DFUModel(block_out_channels=(8, 8), layers_per_block=1, fourier_modes=(4, 2), attention_levels=())
-        >>> grids = []
-        >>> hook = model.mid_blocks[0].register_forward_pre_hook(lambda _, args: grids.append(args[0].shape[-2:]))
-        >>> with model.use_fixed_levels((16, 16)):
-        ...     for side in (12, 16, 31):
-        ...         _ = model(torch.randn(1, 3, side, 40), 0.1)
-        >>> [tuple(grid) for grid in grids]
-        [(6, 8), (8, 8), (8, 8)]
-        """
-        is_pair = isinstance(size, (tuple, list)) and len(size) == 2
-        if size is not None and not (is_pair and all(_is_integer(side) and side >= 1 for side in size)):
-            raise ValueError(f"Levels are fixed for a size (height, width), two integers of at least 1, not {size!r}.")
-        before, self._fixed_size = self._fixed_size, size
-        try:
-            yield
-        finally:
-            self._fixed_size = before
-
-    @contextmanager
-    def use_spectral_gain(self, gain: float) -> Iterator[None]:
-        """A context in which the results of all Fourier layers are multiplied by `gain`.
-
-        The larger the image, the less noise of a given level is in a Fourier mode, for it averages over more pixels,
-        whereas each pixel has as much as in training: next to the 3x3 convolutions Fourier layers grow faint. A gain
-        somewhat above 1 makes up for that. With gradient checkpointing the backward pass belongs inside, too.
-
-        Raises:
-            ValueError: a gain that is not a positive number.
-        """
-        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
-            raise ValueError(f"A spectral gain must be a positive number, but got {gain!r}.")
-        layers = [module for module in self.modules() if isinstance(module, SpectralConv2d)]
-        before = [layer.gain for layer in layers]
-        for layer in layers:
-            layer.gain = gain
-        try:
-            yield
-        finally:
-            for layer, value in zip(layers, before):
-                layer.gain = value
 
     def enable_gradient_checkpointing(
         self, gradient_checkpointing_func=None, levels: Iterable[int] | None = None
@@ -323,54 +246,6 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
                 parameter.data = parameter.data.clone()
         return loaded
 
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: str | os.PathLike | dict,
-        config: str | os.PathLike | dict | None = None,
-        subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **hub_arguments,
-    ) -> "DFUModel":
-        """Load one file of weights, in eval mode: for files that lie apart from their config.json.
-
-        Not by way of diffusers' `FromOriginalModelMixin`, whose list of classes is closed and which would take the
-        missing config of an unknown file for Stable Diffusion's.
-
-        Args:
-            pretrained_model_link_or_path_or_dict: a .safetensors file, a link to one on the Hub
-                ("https://huggingface.co/<id>/blob/main/<file>.safetensors"), or a state dict.
-            config: the model's configuration: a dict, a folder or file, or the id of a Hub repository. By default the
-                config.json beside a local file.
-            subfolder: where in the folder or repository the configuration is.
-            torch_dtype: of the weights; None for that of the file.
-            hub_arguments: `token`, `revision`, `cache_dir`, `local_files_only` and `force_download` for the Hub.
-
-        Raises:
-            ValueError: another kind of file, no configuration, or weights that are not of this configuration.
-        """
-        source = pretrained_model_link_or_path_or_dict
-        if not isinstance(source, dict):
-            source = str(source)
-            if not source.endswith(".safetensors"):
-                raise ValueError(f"Weights come from a .safetensors file or a state dict, but got {source!r}.")
-            if config is None and os.path.isfile(source):
-                config = os.path.dirname(os.path.abspath(source))
-        if config is None:
-            raise ValueError("Give `config`, a dict, folder or Hub id: only a local file has a folder to find it in.")
-        if not isinstance(config, dict):
-            config = cls.load_config(config, subfolder=subfolder, **hub_arguments)
-        if not isinstance(source, dict):
-            source = load_single_file_checkpoint(source, **hub_arguments)
-        with torch.device("meta"):
-            model = cls.from_config(config)
-        try:
-            # Copies: a state dict stays its owner's, and the file's values get aligned, see `from_pretrained`.
-            model.load_state_dict({name: tensor.clone() for name, tensor in source.items()}, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"These weights are of another configuration than the one given: {error}") from error
-        return model.to(dtype=torch_dtype).eval()
-
     def factorized(self, spectral_rank: float) -> "DFUModel":
         """A smaller model near this one, to be trained on: with its weights, those of the Fourier layers factorised by
         `SpectralConv2d.factorized`. All its parameters train, and nothing is checkpointed.
@@ -407,36 +282,19 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
         config.recompile_limit = max(config.recompile_limit, 4 * blocks)
         super().compile_repeated_blocks(*args, **kwargs)
 
-    @property
-    def periodic(self) -> tuple[bool, bool]:
-        """For (rows, columns) whether images tile the plane at present: by configuration or in `use_tileable`."""
-        return self.conv_in.periodic
-
-    def _set_periodic(self, periodic: tuple[bool, bool]) -> None:
-        for module in self.modules():
-            if isinstance(module, DualConv2d):
-                module.periodic = periodic
-
     def _periodic_axes(self, tileable: str | None) -> tuple[bool, bool]:
         """Whether rows and columns are periodic, from the names of the axes."""
         if tileable not in (None, "x", "y", "xy"):
-            raise ValueError(f"tileable must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
+            raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
         periodic = tuple(axis in (tileable or "") for axis in "yx")
         boundary = _parse_boundary(self.config.spectral_boundary)
         if any(joined and kind == "mirror" for joined, kind in zip(periodic, boundary)):
             raise ValueError(
-                f"tileable={tileable!r} joins edges that this model's spectral_boundary="
+                f"`tileable={tileable!r}` joins edges that this model's spectral_boundary="
                 f"{self.config.spectral_boundary!r} (rows, columns) keeps apart: it takes a model whose boundary is "
                 f"'periodic' along these axes."
             )
         return periodic
-
-    def _coarser(self, height: int, width: int, level: int) -> tuple[int, int]:
-        """The grid of a level below one of (height, width): half, rounded up, or what `use_fixed_levels` allows."""
-        sides = (height + 1) // 2, (width + 1) // 2
-        if self._fixed_size is None:
-            return sides
-        return tuple(min(side, -(-fixed // 2**level)) for side, fixed in zip(sides, self._fixed_size))
 
     def _run(self, block: DFUBlock, *args) -> torch.Tensor:
         if self.gradient_checkpointing and block.level in self._checkpointed_levels and torch.is_grad_enabled():

@@ -26,10 +26,6 @@ class DualConv2d(nn.Module):
         init_scale: factor on the initial weights.
         spectral_boundary, spectral_rank: of the spectral part, see `SpectralConv2d`.
 
-    Attributes:
-        periodic: for (rows, columns) whether the 3x3 convolution takes the opposite edge for a neighbour, rather than
-            zeros. No parameter depends on it.
-
     Raises:
         ValueError: an unknown `conv_type` or `spectral_boundary`, a rank outside (0, 1), or "spectral" without modes.
 
@@ -55,7 +51,6 @@ class DualConv2d(nn.Module):
         if conv_type == "spectral" and modes is None:
             raise ValueError("conv_type='spectral' needs Fourier modes, but got None: give modes or use 'dual'.")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.periodic = (False, False)
         self.spatial = self.spectral = None
         if conv_type != "spectral":
             self.spatial = _init_linear(nn.Conv2d(in_channels, out_channels, 3, padding=1), init_scale)
@@ -64,20 +59,23 @@ class DualConv2d(nn.Module):
                 in_channels, out_channels, modes, init_scale, spectral_boundary, spectral_rank
             )
 
-    def forward(self, x: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Args: x (batch, in_channels, H, W); size (H', W') of the output."""
+    def forward(
+        self, x: torch.Tensor, size: tuple[int, int] | None = None, periodic: tuple[bool, bool] = (False, False)
+    ) -> torch.Tensor:
+        """Args: x (batch, in_channels, H, W); size (H', W') of the output; whether along (rows, columns) the 3x3
+        convolution takes the opposite edge for a neighbour, rather than zeros."""
         size = _check_layer_input(x, self.in_channels, size)
         if self.spatial is None:
             return self.spectral(x, size)
-        out = self._convolve(resample(x, size))
+        out = self._convolve(resample(x, size), periodic)
         return out if self.spectral is None else self.spectral(x, size, residual=out)
 
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, periodic: tuple[bool, bool]) -> torch.Tensor:
         """The 3x3 convolution; along periodic axes of an image one pixel larger on each side, cut back afterwards."""
-        if not any(self.periodic):
+        if not any(periodic):
             return self.spatial(x)
         height, width = x.shape[-2:]
-        frame_h, frame_w = map(int, self.periodic)
+        frame_h, frame_w = map(int, periodic)
         if frame_h:
             x = torch.cat([x[:, :, -1:], x, x[:, :, :1]], dim=2)
         if frame_w:
@@ -170,13 +168,20 @@ class DFUBlock(nn.Module):
             self.skip = _init_linear(nn.Conv2d(in_channels, out_channels, 1))
         self.attention = DFUAttention(out_channels, norm_num_groups, norm_eps) if attention else None
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """Args: x (batch, in_channels, H, W); embedding (batch, embedding_channels); size (H', W') to resample to."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        embedding: torch.Tensor,
+        size: tuple[int, int] | None = None,
+        periodic: tuple[bool, bool] = (False, False),
+    ) -> torch.Tensor:
+        """Args: x (batch, in_channels, H, W); embedding (batch, embedding_channels); size (H', W') to resample to;
+        (rows, columns) along which opposite edges are neighbours."""
         size = tuple(size or x.shape[-2:])
-        h = self.conv1(_norm_silu(self.norm1, x), size)
+        h = self.conv1(_norm_silu(self.norm1, x), size, periodic)
         h = h + self.embedding(embedding)[:, :, None, None]
         h = F.dropout(_norm_silu(self.norm2, h), self.dropout, self.training)
-        h = self.conv2(h)
+        h = self.conv2(h, periodic=periodic)
         # A 1x1 convolution commutes with resampling: it runs where there are fewer pixels.
         if self.skip is None:
             x = resample(x, size)

@@ -1,10 +1,10 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Nested spaces of modes: what pictures of different sizes have in common.
 
-Along an axis of n pixels a picture is a sum of n cosine modes, cos(pi k y) with y = (j + 1/2) / n and k = 0 .. n-1 (the
-DCT-II). Along an axis that tiles it is a sum of Fourier modes instead. Coefficients do not depend on the size: the k-th
-is the mean of the picture times the k-th mode (times sqrt(2) for k > 0). The lowest modes of a large picture are
-therefore those of a small one, and the spaces are nested.
+Along an axis of n pixels a picture is a sum of n cosine modes, cos(pi k y) with y = (j + 1/2) / n and k = 0 .. n-1
+(the DCT-II). Along an axis that tiles it is a sum of Fourier modes instead. Coefficients do not depend on the size:
+the k-th is the mean of the picture times the k-th mode (times sqrt(2) for k > 0). So the lowest modes of a large
+picture are those of a small one: the spaces are nested.
 
 A pixel holds the mean of the picture over its area, not its value at the centre. This weakens mode k by
 sinc(k / 2n), down to 0.64 for the last one; `to_modes` and `from_modes` undo and redo it where asked to.
@@ -34,8 +34,8 @@ def num_modes(n: int, periodic: bool = False) -> int:
 def mode_basis(n: int, periodic: bool = False, count: int | None = None) -> torch.Tensor:
     """The lowest `count` (by default all n) modes on n pixels, (count, n), orthonormal rows, float32 on the CPU.
 
-    Row k of the cosine basis is cos(pi k (j + 1/2) / n). Of the Fourier basis row 0 is constant, rows 2k - 1 and 2k are
-    the sine and cosine of k cycles.
+    Row k of the cosine basis is cos(pi k (j + 1/2) / n). Of the Fourier basis row 0 is constant, and rows 2k - 1 and
+    2k are the sine and cosine of k cycles.
     """
     row = torch.arange(n if count is None else count, device="cpu")
     half_cycles = (row + 1) // 2 * 2 if periodic else row
@@ -82,7 +82,7 @@ def to_modes(
 def from_modes(
     modes: torch.Tensor, size: tuple[int, int], periodic: Axes = (False, False), averaged: bool = False
 ) -> torch.Tensor:
-    """The picture (..., height, width) of `size` with these modes, zero beyond them; with `averaged` the mean over each
+    """The picture (..., height, width) of `size` with these modes and no others; with `averaged` the mean over each
     pixel rather than the value at its centre."""
     rows, columns = modes.shape[-2:]
     with torch.autocast(modes.device.type, enabled=False):

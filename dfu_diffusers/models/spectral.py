@@ -104,7 +104,6 @@ class SpectralConv2d(nn.Module):
         weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R; with
             `rank` that of S, (2r * c, p, 2q).
         reduce, expand: U and V, real, of a layer with `rank`; otherwise None.
-        gain: factor on the result, 1 unless `DFUModel.use_spectral_gain` sets another.
 
     Raises:
         ValueError: modes that are not one or two positive integers, channels below 1, an unknown boundary, a rank
@@ -130,7 +129,7 @@ class SpectralConv2d(nn.Module):
         if min(in_channels, out_channels) < 1:
             raise ValueError(f"Channels must be positive, but got {in_channels} and {out_channels}.")
         self.in_channels, self.out_channels, self.modes = in_channels, out_channels, _parse_modes(modes)
-        self.boundary, self.rank, self.gain = _parse_boundary(boundary), rank, 1.0
+        self.boundary, self.rank = _parse_boundary(boundary), rank
         r, c = self.modes
         p, q = (self.reduced(channels, rank) for channels in (in_channels, out_channels))
         self.weight = nn.Parameter(torch.empty(2 * r * c, p, 2 * q))
@@ -195,8 +194,6 @@ class SpectralConv2d(nn.Module):
         x = x.view(batch, 2, rows, columns, self.in_channels).permute(2, 3, 1, 0, 4)
         x = x.reshape(rows * columns, 2 * batch, self.in_channels)
         x = self._mix(x, first, rows, columns)  # (modes, 2b, 2 out)
-        if self.gain != 1:
-            x = x * self.gain
         # 3. Onto the output grid: along H', then along W'.
         x = x.view(rows, columns, 2, batch, 2, self.out_channels).permute(3, 2, 4, 0, 1, 5)
         x = x.reshape(batch, 4 * rows, columns * self.out_channels)

@@ -35,6 +35,8 @@ RETIRED = {
     "spectral_gain": "load the pipeline with a `refiner` for sizes beyond training",
     "cascade_sigma": f"it is {CASCADE_SIGMA} now",
     "cascade_hold": f"it is {CASCADE_HOLD} now",
+    "tile_size": "large pictures are sampled in strips; see `enable_tiling`",
+    "tile_overlap": "large pictures are sampled in strips; see `enable_tiling`",
 }
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -278,8 +280,12 @@ class DFUPipeline(DiffusionPipeline):
         with self._progress(run, len(scheduler.timesteps)):
             return self._denoise(run, noise * scheduler.init_noise_sigma, scheduler, run.predict)
 
-    def _sample_octaves(self, run: "Run", size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
-        """The sample of `unet` on its grid, and what the refiner adds to it."""
+    def _sample_octaves(self, run: "Run", size, latents: torch.Tensor | None, replace=None) -> torch.Tensor:
+        """The sample of `unet` on its grid, and what the refiner adds to it.
+
+        `replace` turns denoised images of the full size, (batch, channels, height, width), into others: on coarser
+        grids they are enlarged for it, and cut again.
+        """
         base, device = self._sample_size("strategy='octaves'"), self._execution_device
         noise = NestedNoise(run.batch_size, self._channels, run.generator, run.periodic, device)
         if latents is None:
@@ -291,9 +297,21 @@ class DFUPipeline(DiffusionPipeline):
         with self._progress(run, len(scheduler.timesteps) + self._refiner_calls(run, octaves)):
             start = noise.white(normals[..., : base[0], : base[1]]) * scheduler.init_noise_sigma
             run.draw_noise = lambda shape: noise.white(noise.coefficients(shape[-2:]))
-            picture = self._denoise(run, start, scheduler, run.predict)
+
+            def project(picture, averaged=False):
+                """`replace` for the picture on a coarser grid."""
+                modes = to_modes(picture, size, run.periodic, averaged)
+                full = replace(from_modes(modes, size, run.periodic, averaged=True))
+                grid = picture.shape[-2:]
+                modes = to_modes(full, grid, run.periodic, averaged=True)
+                return from_modes(modes, grid, run.periodic, averaged)
+
+            project_start = None if replace is None else partial(project, averaged=True)
+            picture = self._denoise(run, start, scheduler, run.predict, project_start)
             modes = to_modes(picture, periodic=run.periodic, averaged=True)
-            picture = self._refine(run, from_modes(modes, base, run.periodic), octaves, noise, normals)
+            picture = from_modes(modes, base, run.periodic)
+            project = None if replace is None else project
+            picture = self._refine(run, picture, octaves, noise, normals, project=project)
         return average_pixels(picture, run.periodic)
 
     def _sample_cascade(self, run: "Run", size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
@@ -529,15 +547,19 @@ class DFUPipeline(DiffusionPipeline):
     def _channels(self) -> int:
         return self.unet.config.in_channels
 
+    def _config_of_unet(self, name: str):
+        """A value of its configuration, or None where it has none."""
+        return None if self.unet is None else getattr(self.unet.config, name, None)
+
     def _size(self, height, width) -> tuple[int, int]:
         """Height and width, each from the `sample_size` of the refiner or of `unet` if it is None."""
-        model = self.unet if self.refiner is None else self.refiner
-        default = _pair(getattr(model.config, "sample_size", None))
+        size = self._config_of_unet("sample_size") if self.refiner is None else self.refiner.config.sample_size
+        default = _pair(size)
         return tuple(given if given is not None else fallback for given, fallback in zip((height, width), default))
 
     def _sample_size(self, purpose: str) -> tuple[int, int]:
         """That of `unet`, which `purpose` needs."""
-        size = _pair(getattr(self.unet.config, "sample_size", None))
+        size = _pair(self._config_of_unet("sample_size"))
         if None in size:
             raise ValueError(f"{purpose} needs a model with a `sample_size` in its config, but this one has none.")
         return size
@@ -570,15 +592,10 @@ class DFUPipeline(DiffusionPipeline):
         return strategy
 
     def _check_refiner(self) -> None:
-        """Raise a ValueError unless there is a refiner that fits `unet`."""
+        """Raise a ValueError unless there is a refiner that goes on where `unet` ends."""
         if self.refiner is None:
             raise ValueError(
                 "strategy='octaves' needs a refiner: load the pipeline with `refiner=DFURefiner.from_pretrained(...)`."
-            )
-        if self.refiner.config.in_channels != self._channels:
-            raise ValueError(
-                f"`refiner` must take the images of `unet`, of {self._channels} channels, but it takes "
-                f"{self.refiner.config.in_channels}: load the pipeline with another refiner."
             )
         base, least = self._sample_size("A refiner"), self.refiner.config.coarse_size
         if min(base) < least:
@@ -594,23 +611,26 @@ class DFUPipeline(DiffusionPipeline):
         for model in filter(None, (self.unet, self.guide)):
             if tileable and "tileable" not in inspect.signature(model.forward).parameters:
                 raise ValueError(f"`tileable` needs a DFUModel, but got a {type(model).__name__}: leave it out.")
-        axes = tileable or getattr(self.unet.config, "tileable", None) or ""
+        axes = tileable or self._config_of_unet("tileable") or ""
         return "y" in axes, "x" in axes
 
-    def check_inputs(
-        self, batch_size, counts: dict, height, width, generator, output_type, callback_inputs
-    ) -> None:
+    def check_inputs(self, batch_size, counts: dict, height, width, generator, output_type, callback_inputs) -> None:
         """Raise a ValueError or TypeError that names the argument, what was given and what is allowed."""
         optional = ("max_batch_size", "octave_steps")
         for name, value in {**counts, "height": height, "width": width}.items():
             if value is not None or name not in optional:
                 _check_count(name, value)
 
-        channels, out_channels = self.unet.config.in_channels, self.unet.config.out_channels
-        if channels != out_channels:
+        channels, out_channels = self._channels, self._config_of_unet("out_channels")
+        if out_channels not in (None, channels):
             raise ValueError(
                 f"The model must make as many channels as it takes, but it has `in_channels` {channels} and "
                 f"`out_channels` {out_channels}: load another one."
+            )
+        if self.refiner is not None and self.refiner.config.in_channels != channels:
+            raise ValueError(
+                f"`refiner` must take the images of `unet`, of {channels} channels, but it takes "
+                f"{self.refiner.config.in_channels}: load the pipeline with another refiner."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but got {output_type!r}.")
@@ -648,7 +668,7 @@ class DFUPipeline(DiffusionPipeline):
 
     def _check_guidance(self, guidance_scale) -> None:
         _check_positive("guidance_scale", guidance_scale)
-        if guidance_scale != 1 and self.guide is None and getattr(self.unet.config, "num_class_embeds", None) is None:
+        if guidance_scale != 1 and self.guide is None and self._config_of_unet("num_class_embeds") is None:
             raise ValueError(
                 f"`guidance_scale` {guidance_scale} needs a class-conditional model, or a weaker one beside this: "
                 "load the pipeline with `guide=`, or leave `guidance_scale` at 1."
@@ -664,7 +684,7 @@ class DFUPipeline(DiffusionPipeline):
 
     def _class_labels(self, class_labels, batch_size: int) -> torch.Tensor | None:
         """Checked labels (batch_size,) on the execution device; None for an unconditional model."""
-        classes = getattr(self.unet.config, "num_class_embeds", None)
+        classes = self._config_of_unet("num_class_embeds")
         if classes is None and class_labels is None:
             return None
         if classes is None:

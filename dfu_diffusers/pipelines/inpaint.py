@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from PIL import Image
 
-from .dfu import DFUPipeline
+from .dfu import DFUPipeline, Run
 from .images import middle_of_schedule, read_images
 
 SWEEPS = 10  # over each grid of a `HarmonicInterpolation`
@@ -48,6 +48,7 @@ class DFUInpaintPipeline(DFUPipeline):
         mask_image: Image.Image | np.ndarray | torch.Tensor | list,
         strength: float = 1.0,
         num_inference_steps: int = 18,
+        octave_steps: int = 6,
         class_labels: int | list[int] | torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -69,7 +70,8 @@ class DFUInpaintPipeline(DFUPipeline):
             strength: share of the sampler's steps to take, in (0, 1]. With 1 the result does not depend on what lay
                 under the mask; less keeps some of it, as `round(strength * num_inference_steps)` steps, at least one,
                 are left when the image comes in, noised to the level at which they begin.
-            num_inference_steps: steps of the whole schedule.
+            num_inference_steps: steps of `unet`, on its own grid where there is a refiner.
+            octave_steps: steps of the refiner in each octave, which takes part where `strength` is 1.
             class_labels: class of each image, or one for all, if the model is class-conditional.
             generator: source of all noise (`nested_noise`, which is one function at all sizes). A list has one per
                 image, and then each image is the same whatever its neighbours.
@@ -92,44 +94,43 @@ class DFUInpaintPipeline(DFUPipeline):
             ValueError, TypeError: an argument that does not fit; the message says what would.
         """
         # 1. Inputs
-        image = read_images(image, self.unet.config.in_channels)
+        image = read_images(image, self._channels)
         hole = _read_mask(mask_image, image)
         batch_size, _, height, width = image.shape
+        octaves = self._goes_through_octaves(strength)
         run = self._begin(
             batch_size=batch_size,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
+            octave_steps=octave_steps,
             class_labels=class_labels,
             generator=generator,
-            latents=latents,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_batch_size=max_batch_size,
             guidance_scale=guidance_scale,
         )
-        device = self._execution_device
-        timesteps = middle_of_schedule(self.scheduler, num_inference_steps, strength, device)
+        strategy = "octaves" if octaves else "direct"
+        self._check_latents(latents, (batch_size, *self._noise_size((height, width), strategy)))
 
-        # 2. The image with noise
-        image, hole = image.to(device), hole.to(device)
+        # 2. Sample. Known pixels of each denoised image are replaced by the given ones
+        image, hole = image.to(self._execution_device), hole.to(self._execution_device)
         known = 2 * image - 1
-        start = known.masked_fill(hole, 0) if strength == 1 else known
-        latents = run["draw_noise"](known.shape) if latents is None else latents
-        latents = self.scheduler.add_noise(start, latents.to(device, torch.float32), timesteps[:1])
+        fill = HarmonicInterpolation(hole, run.periodic) if seamless else None
 
-        # 3. Denoise. Known pixels move straight from their noise to the image, as far as each step goes.
-        interpolate = HarmonicInterpolation(hole, self._periodic) if seamless else None
-
-        def project(denoised, latents):
-            if interpolate is not None:
-                denoised = denoised + interpolate(known - denoised)
+        def replace(denoised):
+            if fill is not None:
+                denoised = denoised + fill(known - denoised)
             return torch.where(hole, denoised, known)
 
-        latents = self._denoise(latents, timesteps, **run, project=project)
+        if octaves:
+            latents = self._sample_octaves(run, (height, width), latents, replace)
+        else:
+            latents = self._denoise_noised(run, known, hole, latents, strength, replace)
 
-        # 4. Images; the known pixels are taken from the input, where no rescaling has touched them
+        # 3. Images; the known pixels are taken from the input, where no rescaling has touched them
         if output_type == "latent":
             images = torch.where(hole, latents, known)
         else:
@@ -137,6 +138,24 @@ class DFUInpaintPipeline(DFUPipeline):
             images = self._postprocess(pixels, output_type, do_denormalize=False)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _goes_through_octaves(self, strength) -> bool:
+        """Whether the refiner takes part: not where the image under the mask is to shine through."""
+        if self.refiner is None:
+            return False
+        if strength == 1:
+            self._strategy("octaves")
+        return strength == 1
+
+    def _denoise_noised(self, run: Run, known, hole, latents, strength: float, replace) -> torch.Tensor:
+        """The image with noise, denoised by `unet` at the full size."""
+        timesteps = middle_of_schedule(self.scheduler, run.num_inference_steps, strength, known.device)
+        begin = len(self.scheduler.timesteps) - len(timesteps)
+        start = known.masked_fill(hole, 0) if strength == 1 else known
+        latents = run.draw_noise(tuple(known.shape)) if latents is None else latents
+        latents = self.scheduler.add_noise(start, latents.to(known), timesteps[:1])
+        with self._progress(run, len(timesteps)):
+            return self._denoise(run, latents, self.scheduler, run.predict, replace, begin)
 
 
 class HarmonicInterpolation:

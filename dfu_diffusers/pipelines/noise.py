@@ -42,7 +42,7 @@ def nested_noise(
 
 
 def nested_normals(shape: tuple[int, int, int, int], generators: list[torch.Generator | None]) -> torch.Tensor:
-    """The corners (batch, channels, H, W), float32 on the CPU, of endless arrays of normals, one for each generator."""
+    """The corners (batch, channels, H, W), float32 on the CPU, of endless arrays of normals, one a generator."""
     _, channels, height, width = shape
     return torch.stack([_endless_normals(channels, height, width, each) for each in generators])
 
@@ -57,7 +57,9 @@ def _endless_normals(channels: int, height: int, width: int, generator: torch.Ge
         for seed, (left, right) in zip(row_seeds, _octaves(width)):
             shape = (channels, bottom - top, right - left)
             source.manual_seed(seed)
-            block = torch.randn(shape, generator=source, device="cpu", dtype=torch.float32)  # whatever the defaults are
+            block = torch.randn(
+                shape, generator=source, device="cpu", dtype=torch.float32
+            )  # whatever the defaults are
             normals[:, top:bottom, left:right] = block[:, : height - top, : width - left]
     return normals
 

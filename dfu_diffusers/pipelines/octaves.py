@@ -70,9 +70,13 @@ def refine_in_strips(
     """The refiner's output, one picture and one strip of rows of at most about `max_pixels` at a time where the batch
     has more. A strip is seen with as many rows around it as its output depends on, so the result is the same."""
     batch, _, height, width = sample.shape
-    dtype = refiner.dtype
+
+    def refine(x, below):
+        x, below = x.to(refiner.dtype), below.to(refiner.dtype)
+        return refiner(x, timestep, below, coarse_noise, tileable, return_dict=False)[0].float()
+
     if batch * height * width <= max_pixels:
-        return refiner(sample.to(dtype), timestep, coarse.to(dtype), coarse_noise, tileable, return_dict=False)[0].float()
+        return refine(sample, coarse)
     rows = max(2, max_pixels // width // 2 * 2)  # even, for the refiner takes pixels two by two
     output, halo, wraps = torch.empty_like(sample), refiner.reach, "y" in (tileable or "")
     for picture in range(batch):
@@ -80,7 +84,6 @@ def refine_in_strips(
             bottom = min(top + rows, height)
             first, last = (top - halo, bottom + halo) if wraps else (max(0, top - halo), min(height, bottom + halo))
             index = torch.arange(first, last, device=sample.device) % height
-            strip, below = (x[picture : picture + 1].index_select(2, index).to(dtype) for x in (sample, coarse))
-            result = refiner(strip, timestep, below, coarse_noise, tileable, return_dict=False)[0]
-            output[picture, :, top:bottom] = result[0, :, top - first : bottom - first]
+            strip, below = (x[picture : picture + 1].index_select(2, index) for x in (sample, coarse))
+            output[picture, :, top:bottom] = refine(strip, below)[0, :, top - first : bottom - first]
     return output

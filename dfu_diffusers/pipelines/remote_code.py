@@ -17,6 +17,7 @@ REMOTE = "diffusers_modules"  # where diffusers puts code that came with a repos
 # stay even if a module of this package is renamed.
 REMOTE_CODE_MODULES = {
     "modeling_dfu": "DFUModel",
+    "modeling_dfu_refiner": "DFURefiner",
     "pipeline_dfu": "DFUPipeline",
     "pipeline_dfu_inpaint": "DFUInpaintPipeline",
     "pipeline_dfu_super_resolution": "DFUSuperResolutionPipeline",
