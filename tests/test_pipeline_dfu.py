@@ -24,7 +24,7 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import GaussianDenoiser, pipe_calls, relative_error, sample, seeded, spy
+from sampling import GaussianDenoiser, assert_near, pipe_calls, relative_error, sample, seeded, spy
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.pipelines.noise import nested_noise
@@ -147,8 +147,7 @@ def test_a_generator_per_image_makes_images_independent(make_pipe, s_churn):
     together = sample(pipe, batch_size=3, generator=seeded(3, 4, 5))
     turned = sample(pipe, batch_size=2, generator=seeded(5, 3))
     assert relative_error(together, alone) < 1e-4 and relative_error(turned, alone[[2, 0]]) < 1e-4
-    in_list = sample(pipe, generator=[seeded(3)])
-    assert torch.equal(in_list, alone[:1])
+    assert_near(sample(pipe, generator=[seeded(3)]), alone[:1])
 
 
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
@@ -160,7 +159,7 @@ def test_latents_are_unit_noise_scaled_once(make_pipe, scheduler_class):
     with spy(pipe.unet, lambda x, *_: inputs.append(x)):
         from_latents = sample(pipe, batch_size=2, height=6, width=8, latents=noise)
     assert torch.equal(noise, kept), "latents were changed in place"
-    assert torch.equal(from_latents, sample(pipe, batch_size=2, height=6, width=8, generator=seeded(7)))
+    assert_near(from_latents, sample(pipe, batch_size=2, height=6, width=8, generator=seeded(7)))
     sigma, sigma_data = 80.0, 0.5
     expected = noise * pipe.scheduler.init_noise_sigma / math.sqrt(sigma**2 + sigma_data**2)
     torch.testing.assert_close(inputs[0], expected)
@@ -186,7 +185,7 @@ def test_max_batch_size_bounds_the_network_and_keeps_the_images(make_pipe, s_chu
         parts = sample(pipe, max_batch_size=2, **kwargs)
     assert batches == [2, 2, 1] * 5  # three Heun steps are five calls
     assert relative_error(parts, whole) < 1e-4
-    assert torch.equal(sample(pipe, max_batch_size=99, **kwargs), whole)
+    assert_near(sample(pipe, max_batch_size=99, **kwargs), whole)
 
 
 def test_no_gradients_and_modes_are_left_alone(pipe):
@@ -298,7 +297,7 @@ def test_call_signature_follows_diffusers():
 def test_class_labels_in_every_form(make_pipe, labels):
     pipe = make_pipe(num_class_embeds=3)
     expected = sample(pipe, batch_size=3, class_labels=2)
-    assert torch.equal(sample(pipe, batch_size=3, class_labels=labels), expected)
+    assert_near(sample(pipe, batch_size=3, class_labels=labels), expected)
     assert not torch.allclose(sample(pipe, batch_size=3, class_labels=[2, 2, 0])[2], expected[2])
 
 
@@ -490,7 +489,7 @@ def test_half_precision_network_keeps_float32_latents(make_pipe, scheduler_class
 
 def test_half_precision_latents_are_welcome(pipe):
     noise = torch.randn(1, 3, 16, 16, generator=seeded(0)).half()
-    assert torch.equal(sample(pipe, latents=noise), sample(pipe, latents=noise.float()))
+    assert_near(sample(pipe, latents=noise), sample(pipe, latents=noise.float()))
 
 
 def test_float8_storage(pipe):
@@ -514,7 +513,7 @@ def test_model_offload_with_the_cpu_as_accelerator(make_pipe):
     pipe = make_pipe()
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
-        assert torch.equal(sample(pipe), expected)
+        assert_near(sample(pipe), expected)
         assert hasattr(pipe.unet, "_hf_hook")
 
 
@@ -532,7 +531,7 @@ def test_group_offload(make_pipe, level):
     expected = sample(make_pipe())
     pipe = make_pipe()
     pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **level)
-    torch.testing.assert_close(sample(pipe), expected)
+    assert_near(sample(pipe), expected)
 
 
 @pytest.mark.gpu
@@ -592,7 +591,6 @@ def test_a_fresh_process_needs_only_the_import(saved, tmp_path):
     folder, expected, _ = saved
     code = f"""
 import torch, dfu_diffusers
-torch.set_num_threads(1)
 from diffusers import AutoModel, DiffusionPipeline
 unet = AutoModel.from_pretrained({str(folder)!r}, subfolder="unet")
 pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
@@ -606,7 +604,7 @@ torch.save(pipe(num_inference_steps=3, generator=generator, output_type="latent"
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "Expected types" not in run.stderr
-    assert torch.equal(torch.load(tmp_path / "x.pt"), expected)
+    assert_near(torch.load(tmp_path / "x.pt"), expected)  # the other process chooses its threads
 
 
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS[1:])
@@ -697,9 +695,10 @@ def test_fixed_levels(make_pipe, strategy):
     options = dict(num_inference_steps=2, strategy=strategy)
     plain, fixed = (sample(pipe, height=12, width=24, fixed_levels=on, **options) for on in (False, True))
     with pipe.unet.use_fixed_levels((4, 8)):
-        assert torch.equal(sample(pipe, height=12, width=24, **options), fixed) and not torch.equal(fixed, plain)
+        assert_near(sample(pipe, height=12, width=24, **options), fixed)
+    assert relative_error(fixed, plain) > 1e-3
     within = (sample(pipe, height=8, width=5, fixed_levels=on, **options) for on in (False, True))
-    assert torch.equal(*within)
+    assert_near(*within)
     blocks = dict(down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[4])
     pipe = DFUPipeline(UNet2DModel(16, **blocks, norm_num_groups=2), EDMHeunScheduler())
     with pytest.raises(ValueError, match="`fixed_levels` needs a DFUModel, but got a UNet2DModel"):
@@ -713,9 +712,10 @@ def test_spectral_gain(make_pipe):
     options = dict(num_inference_steps=2, guidance_scale=2.0)
     image = sample(pipe, height=8, width=18, spectral_gain=0.5, **options)
     with pipe.unet.use_spectral_gain(1.5**0.5), pipe.guide.use_spectral_gain(1.5**0.5):
-        torch.testing.assert_close(sample(pipe, height=8, width=18, **options), image)
+        assert_near(sample(pipe, height=8, width=18, **options), image)
     within = (sample(pipe, height=8, width=5, spectral_gain=g, **options) for g in (0.0, 0.5))
-    assert torch.equal(*within) and pipe.unet.conv_in.spectral.gain == 1
+    assert_near(*within)
+    assert pipe.unet.conv_in.spectral.gain == 1
     with pytest.raises(ValueError, match="`spectral_gain` is for strategy='direct', but got 'guided'"):
         pipe(spectral_gain=0.5, strategy="guided")
     for wrong, error in ((math.inf, ValueError), (math.nan, ValueError), ("1", TypeError)):
@@ -728,7 +728,7 @@ def test_a_compiled_model_is_a_model(make_pipe):
     pipe = make_pipe()
     expected = sample(pipe)
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    torch.testing.assert_close(sample(pipe), expected)
+    assert_near(sample(pipe), expected)
     pipe.guide = torch.compile(make_pipe(block_out_channels=(8, 8, 8)).unet, backend="eager")
     assert sample(pipe, guidance_scale=2.0).isfinite().all()
 

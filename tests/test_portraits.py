@@ -16,8 +16,6 @@ from dfu_diffusers.data.portraits import (
     render_portraits,
 )
 
-torch.set_num_threads(1)
-
 LOW, HIGH = (torch.tensor([getattr(p, end) for p in PARAMETERS]) for end in ("low", "high"))
 
 
@@ -71,8 +69,13 @@ def test_a_picture_does_not_depend_on_its_batch(size):
     together = render_portraits(parameters, size)
     assert together.flatten(1).unique(dim=0).shape[0] == 40, "forty different people"
     for i in (0, 14, 39):
-        assert torch.equal(render_portraits(parameters[i : i + 1], size)[0], together[i])
-    assert torch.equal(render_portraits(parameters[3:17], size), together[3:17])
+        assert_same_picture(render_portraits(parameters[i : i + 1], size)[0], together[i])
+    assert_same_picture(render_portraits(parameters[3:17], size), together[3:17])
+
+
+def assert_same_picture(result, expected):
+    """To a hundredth of a level of 8 bits: the phase of the finest stripes, 150 radians, is rounded by 2e-5."""
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 24), (32, 32), (64, 64), (17, 40), (50, 81)])
@@ -123,7 +126,8 @@ def test_dataset_items_and_batches():
     assert torch.equal(item["parameters"], portrait_parameters([3], seed=5)[0])
     assert torch.equal(dataset[-1]["image"], dataset[19]["image"])
     for single, batched in zip([dataset[2], dataset[19], dataset[2]], dataset.__getitems__([2, -1, 2])):
-        assert all(torch.equal(single[key], batched[key]) for key in single)
+        assert torch.equal(single["parameters"], batched["parameters"])
+        assert_same_picture(single["image"], batched["image"])
     assert len(list(dataset)) == 20, "iteration ends, as it does for sequences"
     assert dataset.__getitems__([]) == []
 

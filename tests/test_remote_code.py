@@ -48,6 +48,11 @@ def folder(pipe, tmp_path):
     return tmp_path / "plain"
 
 
+def assert_same_image(image, expected):
+    """In [0, 1]; another process, with other threads, rounds differently."""
+    np.testing.assert_allclose(image, expected, rtol=0, atol=1e-4)
+
+
 def run(code: str, environment: dict) -> str:
     """stderr of a fresh process."""
     command = [sys.executable, "-c", "import sys\nimport numpy, torch\n" + inspect.getsource(draw) + code]
@@ -86,7 +91,9 @@ numpy.save({str(tmp_path / "images.npy")!r}, [draw(pipe) for pipe in pipes])
 """
     run(code, hub.environment(tmp_path / "home"))
     images = np.load(tmp_path / "images.npy")
-    assert len(images) == 6 and all(np.array_equal(image, draw(pipe)) for image in images)
+    assert len(images) == 6
+    for image in images:
+        assert_same_image(image, draw(pipe))
 
 
 def test_a_fresh_process_without_the_package_and_a_round_trip(hub, folder, pipe, tmp_path):
@@ -109,7 +116,7 @@ numpy.save({str(tmp_path / "second.npy")!r}, [draw(pipe)])
     assert "not found in your environment" not in warnings and "not expected" not in warnings
     run(without + second, hub.environment(tmp_path / "another_home"))
     for image in [*np.load(tmp_path / "first.npy"), *np.load(tmp_path / "second.npy")]:
-        assert np.array_equal(image, draw(pipe))
+        assert_same_image(image, draw(pipe))
 
     # What it saved is whole: the package loads it, too, and it can be pushed.
     saved = tmp_path / "saved"

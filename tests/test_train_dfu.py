@@ -161,7 +161,7 @@ def test_killed_moved_and_resumed_it_ends_where_the_uninterrupted_run_does(tmp_p
 
     stopped = tmp_path / "stopped"
     command = [sys.executable, ROOT / "examples" / "train_dfu.py", *options, "--num_workers", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # for the same bits
     process = subprocess.Popen(
         [*command, "--output_dir", str(stopped)], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
     )

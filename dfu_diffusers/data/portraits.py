@@ -6,7 +6,8 @@ A portrait is a function on the unit square, x to the right and y down, describe
 shirt stripes fade to their mean where pixels are too coarse to show them. A non-square picture is the same function
 on the same unit square, that is, a stretched one.
 
-Parameters come from (seed, index) alone: portrait 7 of seed 0 is the same in every batch, order and worker.
+Parameters come from (seed, index) alone: portrait 7 of seed 0 is the same, up to rounding, in every batch, order and
+worker.
 
 >>> faces = render_portraits(portrait_parameters([0, 1, 2]), 32, 48)
 >>> faces.shape, bool(faces.abs().max() <= 1)
@@ -104,13 +105,7 @@ def portrait_parameters(indices, seed: int = 0) -> torch.Tensor:
 
 
 def _cos(turns: torch.Tensor) -> torch.Tensor:
-    """Cosine, by way of float64: float32's last bit would depend on a value's place in the vector, so on the batch."""
-    return torch.cos(2 * math.pi * turns.double()).float()
-
-
-def _mix(start: torch.Tensor, end: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`torch.lerp` in three roundings: fused ones happen in whole vectors only, and would depend on the batch, too."""
-    return ((end - start) * weight).add_(start)
+    return torch.cos(2 * math.pi * turns)
 
 
 def _colours(colours: str, device: torch.device) -> torch.Tensor:
@@ -123,7 +118,7 @@ def _ramp(colours: str, position: torch.Tensor) -> torch.Tensor:
     table = _colours(colours, position.device)
     place = (position.clamp(0, 1) * (len(table) - 1)).view(-1, 1)
     below = place.long().clamp(max=len(table) - 2).view(-1)
-    return _mix(table[below], table[below + 1], place - below[:, None])[..., None, None]
+    return torch.lerp(table[below], table[below + 1], place - below[:, None])[..., None, None]
 
 
 def _hue(hue: torch.Tensor, light: torch.Tensor | float, strength: float) -> torch.Tensor:
@@ -191,10 +186,8 @@ class _Canvas:
     def stripes(self, window, frequency, angle, phase) -> torch.Tensor:
         """Stripe pattern in [0, 1]: a square wave's first two harmonics, exactly averaged over each cell."""
         turns = angle / (2 * math.pi)
-        f_x, f_y = (frequency * _cos(turns)).double(), (frequency * _cos(turns - 0.25)).double()
-        first, third = (
-            (torch.sinc(k * f_x * self.cell[1]) * torch.sinc(k * f_y * self.cell[0])).float() for k in (1, 3)
-        )
+        f_x, f_y = frequency * _cos(turns), frequency * _cos(turns - 0.25)
+        first, third = (torch.sinc(k * f_x * self.cell[1]) * torch.sinc(k * f_y * self.cell[0]) for k in (1, 3))
         x, y = f_x * self.x[..., window[1]] + phase, f_y * self.y[:, :, window[0]]
         wave = _cos(x) * _cos(y) - _cos(x - 0.25) * _cos(y - 0.25)  # cos(x + y)
         # first cos(t) - third cos(3t)/3 with cos(3t) = 4 cos(t)^3 - 3 cos(t); its largest value is 2 sqrt(2)/3.
@@ -218,7 +211,7 @@ def _paint(canvas: _Canvas, p: dict[str, torch.Tensor]) -> None:
     # 1. Background: a vertical gradient between neighbouring hues.
     light = 0.75 * p["background_light"] - 0.2
     above, below = _hue(p["background_hue"], light, 0.3), _hue(p["background_hue"] + 0.12, light - 0.3, 0.3)
-    canvas.pixels.copy_(_mix(above, below, canvas.y))
+    canvas.pixels.copy_(torch.lerp(above, below, canvas.y))
 
     # 2. Back of the hair, with its bun.
     volume, bun = p["hair_volume"], p["bun"].clamp(min=1e-3)
@@ -232,7 +225,7 @@ def _paint(canvas: _Canvas, p: dict[str, torch.Tensor]) -> None:
     window = canvas.window(*shirt)
     dark, pale = _hue(p["shirt_hue"], -0.25, 0.5), _hue(p["shirt_hue"], 0.55, 0.3)
     weave = canvas.stripes(window, p["stripe_frequency"], p["stripe_angle"], p["stripe_phase"])
-    cloth = _mix(dark, pale, weave.mul_(p["stripe_contrast"]))
+    cloth = torch.lerp(dark, pale, weave.mul_(p["stripe_contrast"]))
     canvas.paint(window, canvas.oval(window, *shirt), cloth)
     window, neck = canvas.add(skin, x, torch.full_like(y, 0.77), both(0.42 * a), (0.4, 0.07))
     canvas.paint(window, neck * canvas.oval(window, x, y + 0.035, both(a), both(b)), skin_shade)

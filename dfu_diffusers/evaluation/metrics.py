@@ -115,8 +115,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Squared Frechet distance of the Gaussians with these means and covariances, "FID" (arXiv 1706.08500, eq. 6).
 
     |m_a - m_b|^2 + Tr(A + B - 2 (A B)^(1/2)). With factors A = F F^T and B = G G^T the eigenvalues of A B are the
-    squared singular values of F^T G, so that the last trace is their sum. Unlike the root of a product that is
-    singular, or has lost its symmetry, this is exact to rounding for every covariance and needs no offset.
+    squared singular values of F^T G, so that the last trace is their sum. Unlike the root of the product A B, this
+    needs no offset on the diagonal for singular covariances. Eigenvalues of A and B below d * 2.2e-16 of the largest
+    count as zero: they are rounding noise, of which the square root would be far larger than rounding.
 
     It falls as sets grow, with a bias that depends on the model: compare values of equal counts only.
 
@@ -143,9 +144,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """F (d, d) with F F^T = covariance, which may be singular: rounding makes some eigenvalues negative."""
+    """F (d, d) with F F^T = covariance, which may be singular: eigenvalues of the size of rounding become zero."""
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt()
+    noise = len(values) * torch.finfo(values.dtype).eps * values.max()
+    return vectors * values.where(values > noise, 0).sqrt()
 
 
 def kernel_distance(

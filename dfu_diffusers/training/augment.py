@@ -142,9 +142,8 @@ def _affine(images: torch.Tensor, scale, angle, stretch, direction, shift_x, shi
     y = torch.arange(height, **real) + (0.5 - height / 2) - (SHIFT_STD * height * shift_y)[:, None]  # (batch, H)
     # 2. With z = x + iy, a stretch by s along direction d is (s + 1/s)/2 z + (s - 1/s)/2 e^(2id) conj(z), its inverse
     # the same with 1/s. Undoing rotation and scale is a factor 2^(-0.2 n) e^(-i angle) on both terms.
-    # Powers by exp: unlike exp2 or cosh, it rounds a number the same way wherever it stands in a batch.
-    shrink = torch.exp(-math.log(2) * SCALE_STD * scale)
-    inverse, forward = (torch.exp(sign * math.log(2) * STRETCH_STD * stretch) for sign in (-1, 1))
+    shrink = torch.exp2(-SCALE_STD * scale)
+    inverse, forward = torch.exp2(-STRETCH_STD * stretch), torch.exp2(STRETCH_STD * stretch)
     plain, mirrored = shrink * (inverse + forward) / 2, shrink * (inverse - forward) / 2
     plain_re, plain_im = plain * angle.cos(), -plain * angle.sin()
     phase = 2 * direction - angle
