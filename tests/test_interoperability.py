@@ -291,53 +291,6 @@ def test_fused_lora_compiles(small_model, lora):
     assert_near(compiled(x, 0.1).sample, expected)
 
 
-# --- One file of weights ---
-
-
-def test_from_single_file(make_model, tmp_path):
-    model, x = make_model(num_class_embeds=3), draw(2, 3, 11, 8)
-    arguments = (-0.3, torch.tensor([0, 2]))
-    expected = model(x, *arguments).sample
-    model.save_pretrained(tmp_path / "unet")
-    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    alone = file.rename(tmp_path / "alone.safetensors")
-    config = tmp_path / "unet" / "config.json"
-    for source, options in [
-        (alone, dict(config=tmp_path / "unet")),
-        (str(alone), dict(config=str(config))),
-        (alone, dict(config=tmp_path, subfolder="unet")),
-        (alone, dict(config=dict(model.config))),
-        (model.state_dict(), dict(config=config)),
-    ]:
-        loaded = DFUModel.from_single_file(source, **options)
-        assert not loaded.training and torch.equal(loaded(x, *arguments).sample, expected)
-        for parameter, original in zip(loaded.parameters(), model.parameters()):
-            assert parameter.requires_grad and parameter.data_ptr() != original.data_ptr()
-    loaded = DFUModel.from_single_file(alone.rename(file))  # the config.json beside it
-    assert torch.equal(loaded(x, *arguments).sample, expected)
-    half = DFUModel.from_single_file(file, torch_dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half(x.bfloat16(), *arguments).sample.isfinite().all()
-    assert file.exists() and model.dtype == torch.float32
-
-
-def test_bad_single_files(make_model, tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    torch.save(model.state_dict(), tmp_path / "weights.bin")
-    with pytest.raises(ValueError, match="safetensors file or a state dict.*weights.bin"):
-        DFUModel.from_single_file(tmp_path / "weights.bin")
-    with pytest.raises(ValueError, match="Give `config`"):
-        DFUModel.from_single_file(model.state_dict())
-    with pytest.raises(ValueError, match="Give `config`"):
-        DFUModel.from_single_file(tmp_path / "missing.safetensors")
-    with pytest.raises(ValueError, match="another configuration"):
-        DFUModel.from_single_file(file, config={**model.config, "block_out_channels": (8, 12, 12)})
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(OSError, match="config.json"):
-        DFUModel.from_single_file(file)
-
-
 # --- Export: sizes that are symbols ---
 
 

@@ -46,8 +46,7 @@ def test_compiled_layer(backend):
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     x = draw(2, 3, 16, 16)
     for periodic in ((False, False), (True, False)):
-        layer.periodic = periodic
-        assert_near(compiled(x, (9, 20)), layer(x, (9, 20)))
+        assert_near(compiled(x, (9, 20), periodic), layer(x, (9, 20), periodic))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (4, 7), (13, 10), (33, 57)])
@@ -351,10 +350,9 @@ def test_periodic_convolution_continues_the_image(size, new_size):
     layer, x = redraw(DualConv2d(2, 3, None)).double(), draw(2, 2, *size, dtype=torch.float64)
     height, width = new_size or size
     for rows, columns in ((True, True), (True, False), (False, True), (False, False)):
-        layer.periodic = (rows, columns)
         plane = resample(x, (height, width)).repeat(1, 1, 3 if rows else 1, 3 if columns else 1)
         expected = layer.spatial(plane)[:, :, rows * height :, columns * width :][:, :, :height, :width]
-        torch.testing.assert_close(layer(x, new_size), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer(x, new_size, (rows, columns)), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("axes, shift", [("xy", (4, -8)), ("x", (0, 4)), ("y", (8, 0))])
@@ -363,60 +361,47 @@ def test_tileable_model_commutes_with_shifts(make_model, axes, shift, size):
     """By multiples of 4, what three levels divide a side by; and along the other axis it does not."""
     model, x = make_model(), draw(2, 3, *size)
 
-    def error(shift):
-        shifted, expected = (images.roll(shift, (2, 3)) for images in (x, model(x, -0.3).sample))
-        return (model(shifted, -0.3).sample - expected).abs().max()
+    def error(shift, **tileable):
+        shifted, expected = (images.roll(shift, (2, 3)) for images in (x, model(x, -0.3, **tileable).sample))
+        return (model(shifted, -0.3, **tileable).sample - expected).abs().max()
 
     with torch.no_grad():
         plain = model(x, -0.3).sample
         assert error(shift) > 1e-2
-        with model.use_tileable(axes):
-            assert error(shift) < 1e-4  # rounding
-            assert axes == "xy" or error(shift[::-1]) > 1e-2
-        assert torch.equal(model(x, -0.3).sample, plain)
+        assert error(shift, tileable=axes) < 1e-4  # rounding
+        assert axes == "xy" or error(shift[::-1], tileable=axes) > 1e-2
+        assert torch.equal(model(x, -0.3).sample, plain)  # a call leaves nothing behind
         always = make_model(tileable=axes)
-        assert error(shift) > 1e-2 and (always(x, -0.3).sample - plain).abs().max() > 1e-2
-        with model.use_tileable(axes), always.use_tileable(None):
-            assert_near(model(x, -0.3).sample, make_model(tileable=axes)(x, -0.3).sample)
-            assert_near(always(x, -0.3).sample, plain)
+        assert_near(always(x, -0.3).sample, model(x, -0.3, tileable=axes).sample)
+        other = "y" if axes == "x" else "x"
+        assert_near(always(x, -0.3, tileable=other).sample, model(x, -0.3, tileable=other).sample)
 
 
 def test_tileable_in_training_and_other_modes(make_model):
     model, x = make_model().train(), draw(2, 3, 9, 12).to(memory_format=torch.channels_last)
-    with model.use_tileable("xy"):
-        assert model.conv_in(x).is_contiguous(memory_format=torch.channels_last)
-        model(x, 0.4).sample.square().mean().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        model.zero_grad()
-        model.enable_gradient_checkpointing()
-        model(x, 0.4).sample.square().mean().backward()
-        for name, p in model.named_parameters():
-            assert_near(p.grad, gradients[name])
-        expected = model.eval()(x, 0.4).sample
-        assert relative_error(model.bfloat16()(x.bfloat16(), 0.4).sample, expected.double()) < 0.05
-
-
-def test_tileable_ends_with_its_context(make_model):
-    model, x = make_model(tileable="y"), draw(1, 3, 8, 8)
-    expected = model(x, 0.1).sample
-    with pytest.raises(RuntimeError, match="on purpose"), model.use_tileable("x"):
-        with model.use_tileable("xy"):
-            pass
-        assert model.conv_in.periodic == model.up_blocks[-1].conv2.periodic == (False, True)
-        raise RuntimeError("on purpose")
-    assert torch.equal(model(x, 0.1).sample, expected)
+    assert model.conv_in(x, periodic=(True, True)).is_contiguous(memory_format=torch.channels_last)
+    model(x, 0.4, tileable="xy").sample.square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    model(x, 0.4, tileable="xy").sample.square().mean().backward()
+    for name, p in model.named_parameters():
+        assert_near(p.grad, gradients[name])
+    expected = model.eval()(x, 0.4, tileable="xy").sample
+    half = model.bfloat16()(x.bfloat16(), 0.4, tileable="xy").sample
+    assert relative_error(half, expected.double()) < 0.05
 
 
 def test_tileable_needs_periodic_waves(make_model):
+    x = draw(1, 3, 8, 8)
     for axes in ("z", "yx", "", True):
-        with pytest.raises(ValueError, match="must be 'x', 'y', 'xy' or None"), make_model().use_tileable(axes):
-            pass
+        with pytest.raises(ValueError, match="must be 'x', 'y', 'xy' or None"):
+            make_model()(x, 0.1, tileable=axes)
     model = make_model(spectral_boundary=("mirror", "periodic"))
-    with model.use_tileable("x"):
-        assert model.conv_in.periodic == (False, True)
+    assert model(x, 0.1, tileable="x").sample.isfinite().all()
     for axes in ("y", "xy"):
-        with pytest.raises(ValueError, match="keeps apart"), model.use_tileable(axes):
-            pass
+        with pytest.raises(ValueError, match="keeps apart"):
+            model(x, 0.1, tileable=axes)
     with pytest.raises(ValueError, match="tileable='x'.*'mirror'"):
         make_model(spectral_boundary="mirror", tileable="x")
 
@@ -426,13 +411,12 @@ def test_samples_have_no_seam(generator):
     pipe = DFUPipeline.from_pretrained(PORTRAITS)
     pipe.set_progress_bar_config(disable=True)
 
-    def seam():
+    def seam(tileable):
         arguments = dict(batch_size=6, height=32, width=32, num_inference_steps=8, output_type="pt")
-        return wrap_seam(2 * pipe(**arguments, generator=generator.manual_seed(0)).images - 1).mean()
+        images = pipe(**arguments, tileable=tileable, generator=generator.manual_seed(0)).images
+        return wrap_seam(2 * images - 1).mean()
 
-    apart = seam()
-    with pipe.unet.use_tileable("xy"):
-        assert seam() < 1.4 < 1.8 < apart
+    assert seam("xy") < 1.4 < 1.8 < seam(None)
 
 
 # --- DFUModel: saving ---
@@ -476,45 +460,6 @@ def test_configs_without_boundaries_are_periodic_waves_and_edges_apart(make_mode
     model, x = redraw(DFUModel.from_config(config)).eval(), draw(2, 3, 11, 8)
     expected = make_model(spectral_boundary="periodic", tileable=None)(x, 0.1).sample
     assert torch.equal(model(x, 0.1).sample, expected)
-
-
-@pytest.mark.parametrize("size", [(24, 17), (7, 30), (33, 50)])
-def test_fixed_levels(make_model, size):
-    """Levels below the first have the grids of an image of 16x12 at most; up to that size nothing changes."""
-    model, x = make_model().eval(), draw(2, 3, *size)
-    grids = []
-    for block in [*model.down_blocks, *model.mid_blocks, *model.up_blocks]:
-        block.register_forward_hook(lambda block, _, y: grids.append((block, y.shape[-2:])))
-    with model.use_fixed_levels((16, 12)):
-        assert model(x, 0.1).sample.shape == x.shape
-        for block, grid in grids:
-            level = block.level - (block.resample == "up")  # a block on the way up ends on the level above its own
-            expected = size
-            for lower in range(1, level + 1):
-                limit = (-(-side // 2**lower) for side in (16, 12))
-                expected = tuple(min((side + 1) // 2, most) for side, most in zip(expected, limit))
-            assert tuple(grid) == expected
-        small = model(draw(2, 3, 16, 12), 0.1).sample
-    assert_near(model(draw(2, 3, 16, 12), 0.1).sample, small)
-    for wrong in ((16,), (0, 4), (1.5, 2), 16):
-        with pytest.raises(ValueError, match="two integers of at least 1"), model.use_fixed_levels(wrong):
-            pass
-
-
-def test_spectral_gain(make_model):
-    """As if all spectral weights were larger."""
-    model, x = make_model().eval(), draw(2, 3, 11, 8)
-    with model.use_spectral_gain(1.5):
-        result = model(x, 0.1).sample
-        with pytest.raises(ValueError, match="must be a positive number, but got 0"), model.use_spectral_gain(0):
-            pass
-    plain = model(x, 0.1).sample
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("spectral.weight"):
-                parameter.mul_(1.5)
-    assert_near(model(x, 0.1).sample, result)
-    assert not torch.allclose(plain, result)
 
 
 # --- DFUModel: factorised spectral weights ---

@@ -1,4 +1,4 @@
-"""DFUSuperResolutionPipeline: sizes, area averages, the analytic answer of an exact denoiser, tiles, images read.
+"""DFUSuperResolutionPipeline: sizes, area averages, the analytic answer of an exact denoiser, images read.
 
 What it shares with the other pipelines is tested in test_pipeline_contract.py.
 """
@@ -12,13 +12,13 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sampling import GaussianDenoiser, assert_near, seeded, silent
+from sampling import GaussianDenoiser, seeded, silent
 
 from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.pipelines import super_resolution as module
 from dfu_diffusers.pipelines.images import read_images
-from dfu_diffusers.pipelines.super_resolution import AreaAverage, area_matrix, tile_windows
+from dfu_diffusers.pipelines.super_resolution import AreaAverage, area_matrix
 from examples import upscale_dfu
 
 SIDES = st.integers(1, 12)
@@ -79,12 +79,6 @@ def test_target_sizes(pipe, arguments, size):
         (dict(width=8.5), TypeError, "`width` must be an integer of at least 1, but got 8.5"),
         (dict(scale=0.9, consistency=True), ValueError, "no side may shrink, but 4x6 would become 4x5: ask for"),
         (dict(height=3, width=60, consistency=True), ValueError, "no side may shrink, but 4x6 would become 3x60"),
-        (dict(tile_size=0), ValueError, "`tile_size` must be an integer of at least 1, but got 0"),
-        (dict(tile_size=8.5), TypeError, "`tile_size` must be an integer"),
-        (dict(tile_size=8, tile_overlap=8), ValueError, r"`tile_overlap` must lie in \[0, 8\), .* but got 8"),
-        (dict(tile_size=8, tile_overlap=-1), ValueError, "`tile_overlap` must lie .* but got -1"),
-        (dict(tile_size=8, tile_overlap=1.5), TypeError, "`tile_overlap` must be an integer .* but got 1.5"),
-        (dict(tile_overlap=2), ValueError, "`tile_overlap` 2 means nothing without `tile_size`"),
     ],
 )
 def test_wrong_arguments(pipe, arguments, error, match):
@@ -200,63 +194,6 @@ def test_weak_strength_keeps_the_bicubic_image(make_model):
     result = enlarge(pipe, small, strength=0.01, consistency=False, num_inference_steps=18, output_type="pt")
     expected = torch.nn.functional.interpolate(small, (12, 8), mode="bicubic")
     torch.testing.assert_close(result, expected, atol=0.01, rtol=0)
-
-
-# --- Tiles ---
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 30), st.data())
-def test_tiles_cover_a_side_with_weights_that_sum_to_one(side, tile, data):
-    overlap = data.draw(st.integers(0, tile - 1))
-    windows = tile_windows(side, tile, overlap)
-    total = torch.zeros(side)
-    for place, weights in windows:
-        assert place.stop - place.start == len(weights) == min(tile, side) and (weights > 0).all()
-        total[place] += weights
-    torch.testing.assert_close(total, torch.ones(side))
-    assert (windows[0][0].start, windows[-1][0].stop) == (0, side)
-    for (left, _), (right, _) in zip(windows, windows[1:]):
-        assert left.stop - right.start >= overlap and left.start < right.start
-
-
-def test_tiles_bound_what_the_network_sees_and_their_order_is_nothing(pipe, monkeypatch):
-    small, shapes = noise_image(1, 3, 8, 6), []
-    hook = pipe.unet.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    with hook:
-        tiled = enlarge(
-            pipe, small, tile_size=8, tile_overlap=3, max_batch_size=1, output_type="latent", strength=0.75
-        )
-    assert set(shapes) == {(1, 3, 8, 8)}
-    forwards = module.tile_windows
-    monkeypatch.setattr(module, "tile_windows", lambda *args: forwards(*args)[::-1])
-    backwards = enlarge(pipe, small, tile_size=8, tile_overlap=3, output_type="latent", strength=0.75)
-    assert_near(backwards, tiled)
-    whole = enlarge(pipe, small, output_type="latent", strength=0.75)
-    assert not torch.allclose(whole, tiled, atol=1e-2)
-    assert_near(enlarge(pipe, small, tile_size=99, output_type="latent", strength=0.75), whole)
-
-
-def test_tiles_of_a_tileable_model(make_model):
-    """Its edges would meet within each tile. Without tiles the bicubic start wraps, too."""
-    pipe = DFUSuperResolutionPipeline(make_model(tileable="x"), EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    image = noise_image(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="In tiles an image cannot tile the plane"):
-        pipe(image, tile_size=8)
-    with pipe.unet.use_tileable(None):
-        pipe(image, tile_size=8, num_inference_steps=1)
-    options = dict(strength=0.01, consistency=False, latents=torch.zeros(1, 3, 16, 16), output_type="latent")
-    large, moved = (pipe(x, **options).images for x in (image, image.roll(4, 3)))
-    torch.testing.assert_close(moved, large.roll(8, 3), atol=1e-3, rtol=0)
-
-
-def test_tiles_change_nothing_for_a_network_that_looks_at_pixels():
-    pipe = silent(DFUSuperResolutionPipeline(GaussianDenoiser(), EDMHeunScheduler()))
-    small = noise_image(1, 2, 9, 11)
-    whole = enlarge(pipe, small, scale=2.7, output_type="latent")
-    tiled = enlarge(pipe, small, scale=2.7, output_type="latent", tile_size=7)
-    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=1e-4)
 
 
 # --- Images of every form ---
