@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Train a DFU model on several resolutions at once, with Accelerate.
+"""Train a DFU model, or the refiner of its octaves, on several resolutions at once, with Accelerate.
 
     accelerate launch examples/train_dfu.py                                      # procedural portraits, nothing else
     accelerate launch examples/train_dfu.py --train_data_dir photos --resolutions 32 48 64 --mixed_precision bf16
     accelerate launch examples/train_dfu.py --config examples/configs/ffhq-96.yaml --dry_run
+    accelerate launch examples/train_dfu.py --config examples/configs/portraits-refiner.yaml
 
-Writes into --output_dir: the pipeline with averaged weights (load it with DFUPipeline.from_pretrained), samples.png at
-the training sizes and beyond, loss.csv, validation.csv and loss.png, run.json, logs, and checkpoints to resume from.
+Writes into --output_dir: the pipeline with averaged weights (load it with DFUPipeline.from_pretrained, one that has a
+refiner alone with DFUSuperResolutionPipeline.from_pretrained), samples.png at the training sizes and beyond, loss.csv,
+validation.csv and loss.png, run.json, logs, and checkpoints to resume from.
 Several processes share each batch; nothing but the speed depends on how many they are. See examples/README.md.
 """
 
@@ -38,7 +40,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import dfu_diffusers
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler, hub
+from dfu_diffusers import (
+    DFUModel,
+    DFUPipeline,
+    DFURefiner,
+    DFUSuperResolutionPipeline,
+    EDMHeunScheduler,
+    hub,
+)
 from dfu_diffusers.command_line import count, device_name, git_commit, natural, number, positive, resolution
 from dfu_diffusers.data.cache import build_cache
 from dfu_diffusers.data.dataset import ImageDataset
@@ -51,6 +60,7 @@ from dfu_diffusers.data.resolutions import (
 )
 from dfu_diffusers.data.streams import ImageStream, ignore_signals
 from dfu_diffusers.files import write_atomically
+from dfu_diffusers.pipelines.octaves import octave_scheduler
 from dfu_diffusers.training.augment import GeometricAugment
 from dfu_diffusers.training.checkpoints import (
     CheckpointError,
@@ -62,14 +72,35 @@ from dfu_diffusers.training.checkpoints import (
 )
 from dfu_diffusers.training.ema import HalfLifeEMA, PowerEMA, save_snapshot
 from dfu_diffusers.training.freezing import freeze, summary
-from dfu_diffusers.training.losses import TrainingLoss, ValidationLoss
-from dfu_diffusers.training.reports import Table, activation_bytes, plot_losses, sample_sheet, sheet_sizes
+from dfu_diffusers.training.losses import (
+    OctaveLoss,
+    OctaveValidationLoss,
+    TrainingLoss,
+    ValidationLoss,
+    detail_std,
+    fit_size,
+)
+from dfu_diffusers.training.reports import (
+    Table,
+    activation_bytes,
+    enlargement_sheet,
+    plot_losses,
+    sample_sheet,
+    sheet_sizes,
+)
 from dfu_diffusers.training.step import DataError, StopSignal, TrainingStep, WeightAverages, keep_freed_memory
 
 EXAMPLES = Path(__file__).parent
 CONFIGS = EXAMPLES / "configs"
 SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # it needs rules
 HELD_OUT_PORTRAITS = 10_001  # added to --seed: the series of portraits that validation looks at
+MODELS = {"unet": DFUModel, "refiner": DFURefiner}  # by the component of the pipeline that they are
+NOISE_LEVELS = {"unet": (-1.2, 1.2), "refiner": (-2.3, 1.4)}  # mean and deviation of ln sigma
+NOT_FOR_REFINERS = (
+    "class_conditional", "label_dropout", "augment_probability", "upsample_resolutions", "freeze", "spectral_rank",
+    "checkpointed_levels", "sigma_data", "push_to_hub",
+)  # fmt: skip
+MEASURED_IMAGES = 128  # from which the deviation of detail is measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,10 +144,18 @@ def build_parser() -> argparse.ArgumentParser:
     sizes.add_argument("--resolution_warmup_steps", type=natural, default=0, help="sizes join, smallest first")
     sizes.add_argument("--upsample_resolutions", nargs="+", type=resolution, default=[], help="from enlarged images")
     sizes.add_argument("--upsample_weight", type=number(float, 0, 1), default=0.0, help="share of steps that do")
+    sizes.add_argument(
+        "--source_resolution", type=resolution,
+        help="load images of about as many pixels and cut them to the modes that a resolution has, as the octaves of "
+        "a pipeline do, instead of resizing (default: no; for a refiner the largest resolution)",
+    )  # fmt: skip
     sizes.add_argument("--max_pixels_per_batch", type=count, help="images x height x width at once on a device")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model_config", help="DFUModel's config.json format (default: configs/portraits.json)")
+    model.add_argument(
+        "--model_config",
+        help="config.json of a DFUModel or DFURefiner, whose detail_std may be null (default: configs/portraits.json)",
+    )
     model.add_argument("--init_from", help="fine-tune this pipeline, a folder or a Hub id, in place of a new model")
     model.add_argument(
         "--spectral_rank", type=number(float, 0, 0.999, open_low=True), metavar="SHARE",
@@ -137,12 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--lr_warmup_images", type=natural, default=3200, help="(not of `constant`)")
     training.add_argument("--max_grad_norm", type=positive, default=1.0)
     training.add_argument("--max_nonfinite_steps", type=count, default=10, help="stop after so many in a row")
-    training.add_argument("--p_mean", type=float, default=-1.2, help="mean of ln sigma")
-    training.add_argument("--p_std", type=positive, default=1.2, help="standard deviation of ln sigma")
-    training.add_argument(
-        "--noise_shift", type=float, default=0.0,
-        help="1: noise levels in proportion to the side (p_mean is that of the largest resolution)",
-    )  # fmt: skip
+    training.add_argument("--p_mean", type=float, help="mean of ln sigma (default: -1.2, of a refiner -2.3)")
+    training.add_argument("--p_std", type=positive, help="its standard deviation (default: 1.2, of a refiner 1.4)")
     training.add_argument(
         "--label_dropout", type=number(float, 0, 1), default=0.0,
         help="share of images without their label, for classifier-free guidance (0.1, say)",
@@ -246,21 +281,49 @@ def options_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
 # Data and model
 
 
-def load_config(args) -> dict:
-    """Arguments of the model, checked against what this script trains: models of images that return what they take."""
+def load_config(args) -> tuple[str, dict]:
+    """Which component of a pipeline is trained, "unet" or "refiner", and the arguments of its model, checked against
+    what this script trains: models of images that return what they take."""
+    source = args.init_from or args.model_config
     if args.init_from:
-        config = dict(DFUModel.load_config(args.init_from, subfolder="unet"))
+        index = DFUPipeline.load_config(args.init_from)
+        part = "unet" if (index.get("unet") or [None])[0] else "refiner"
+        config = dict(MODELS[part].load_config(args.init_from, subfolder=part))
     else:
-        config = json.loads(Path(args.model_config).read_text())
-    channels = config.get("in_channels", 3), config.get("out_channels", 3)
+        config = json.loads(Path(source).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{source} must hold the arguments of a model, {{...}}, but holds {config!r:.80}.")
+        parts = {model.__name__: part for part, model in MODELS.items()}
+        name = config.get("_class_name", "DFUModel")
+        if name not in parts:
+            raise ValueError(f"{source} is of a {name}, but this script trains {' and '.join(parts)}.")
+        part = parts[name]
+    channels = config.get("in_channels", 3), config.get("out_channels", config.get("in_channels", 3))
     if channels[0] != channels[1] or channels[0] not in (1, 3):
         raise ValueError(
-            f"{args.init_from or args.model_config}: this script trains models of grey or colour images that return "
+            f"{source}: this script trains models of grey or colour images that return "
             f"what they take, but here in_channels, out_channels = {channels}."
         )
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
     height, width = max(args.resolutions + args.upsample_resolutions, key=math.prod)
-    config |= {"in_channels": channels[0], "sample_size": height if height == width else (height, width)}
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    if part == "refiner":
+        _check_refiner(args, config, source)
+        coarse = min(map(min, args.resolutions)) // 2
+        return part, config | {"coarse_size": coarse, "sample_size": round(math.sqrt(height * width))}
+    return part, config | {"in_channels": channels[0], "sample_size": height if height == width else (height, width)}
+
+
+def _check_refiner(args, config: dict, source: str) -> None:
+    given = [name for name in NOT_FOR_REFINERS if vars(args)[name]]
+    if given:
+        raise ValueError(f"--{given[0]} is for a DFUModel, but {source} is of a DFURefiner: leave it out.")
+    if config.get("tileable"):
+        raise ValueError(
+            f"{source} has tileable={config['tileable']!r}, but refiners are trained on pictures with edges: leave it "
+            f"out, pipelines take `tileable` when they are called."
+        )
+    if min(map(min, args.resolutions)) < 2:
+        raise ValueError("--resolutions of a refiner are at least 2 pixels a side, for a coarse picture has half.")
 
 
 class Data:
@@ -268,9 +331,8 @@ class Data:
 
     def __init__(self, args, channels: int, accelerator: Accelerator):
         self.args, self.held_out, self.class_names = args, None, None
-        self.sizes = sorted(
-            {source_size(size, args.resolutions) for size in args.resolutions + args.upsample_resolutions}
-        )
+        wanted = args.resolutions + args.upsample_resolutions
+        self.sizes = sorted({source_size(size, args.resolutions, args.source_resolution) for size in wanted})
         self.is_stream, self.images = args.streaming, args.dataset_name or args.train_data_dir
         if not self.images:
             self._portraits(channels)
@@ -337,6 +399,18 @@ class Data:
         """Number of training images; None for a stream."""
         return None if self.is_stream else len(self.train)
 
+    def detail_std(self) -> float:
+        """The deviation of the octaves' detail, over the resolutions as they are drawn."""
+        images, args = self.held_out if self.is_stream else self.train, self.args
+        if images is None:
+            raise ValueError("A stream is measured by its held-out images: give `detail_std`, or hold some out.")
+        powers = []
+        for size in args.resolutions:
+            source = source_size(size, args.resolutions, args.source_resolution)
+            items = images.__getitems__([(i, source) for i in range(min(len(images), MEASURED_IMAGES))])
+            powers.append(detail_std(fit_size(torch.stack([item["image"] for item in items]), size)) ** 2)
+        return round(math.sqrt(np.average(powers, weights=args.resolution_weights)), 4)
+
     def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
         """This process's micro-batches, in the sampler's order whatever the number of workers."""
         args, data = self.args, dict(batch_sampler=sampler)
@@ -349,7 +423,7 @@ class Data:
         )
 
 
-def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
+def build_unet(args, config: dict, num_classes: int | None) -> DFUModel:
     """A new model for the data's classes and augmentation, or the one to fine-tune, which must fit them."""
     if num_classes and args.label_dropout:
         num_classes += 1  # the last one means no class
@@ -365,12 +439,20 @@ def build_model(args, config: dict, num_classes: int | None) -> DFUModel:
                 f"{args.augment_probability} it must be {value}."
             )
     if not args.init_from:
-        with torch.device("meta") if args.dry_run else contextlib.nullcontext():  # no weights to just count them
-            return DFUModel.from_config(config | wanted)
+        return DFUModel.from_config(config | wanted)
     model = DFUPipeline.from_pretrained(args.init_from).unet.float().train()
     if args.spectral_rank:
         model = model.factorized(args.spectral_rank)
     model.register_to_config(sample_size=config["sample_size"])
+    return model
+
+
+def build_refiner(args, config: dict) -> DFURefiner:
+    """A new refiner, or the one to fine-tune."""
+    if not args.init_from:
+        return DFURefiner.from_config(config)
+    model = DFURefiner.from_pretrained(args.init_from, subfolder="refiner", use_safetensors=True).float().train()
+    model.register_to_config(sample_size=config["sample_size"], coarse_size=config["coarse_size"])
     return model
 
 
@@ -387,7 +469,7 @@ def build_scheduler(args) -> EDMHeunScheduler:
     return scheduler
 
 
-def build_optimizer(args, model: DFUModel) -> torch.optim.Optimizer:
+def build_optimizer(args, model) -> torch.optim.Optimizer:
     """Over the parameters that train: frozen ones cost no memory here."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "adam":
@@ -441,12 +523,20 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         set_seed(args.seed)
 
-        config = load_config(args)
-        self._prepare_data(config["in_channels"])
-        self.unet = build_model(args, config, self.data.num_classes)
-        freeze(self.unet, args.freeze)
+        self.part, config = load_config(args)
+        self._fill_in_options()
+        self._prepare_data(config.get("in_channels", 3))
+        self._build(config)
         if not args.dry_run:
             self._prepare_model()
+
+    def _fill_in_options(self) -> None:
+        """Those whose default depends on the model."""
+        args, (p_mean, p_std) = self.args, NOISE_LEVELS[self.part]
+        args.p_mean = p_mean if args.p_mean is None else args.p_mean
+        args.p_std = args.p_std or p_std
+        if self.part == "refiner":
+            args.source_resolution = args.source_resolution or max(args.resolutions, key=math.prod)
 
     def _prepare_data(self, channels: int) -> None:
         """Each process draws its own share of every batch, so the loader is not handed to Accelerate."""
@@ -455,43 +545,67 @@ class Run:
         self.sampler = MixedResolutionBatchSampler(
             self.data.length, args.batch_size, args.resolutions, args.resolution_weights, args.upsample_resolutions,
             args.upsample_weight, args.resolution_warmup_steps, args.max_pixels_per_batch, args.max_train_steps,
-            self.start, args.seed, accelerator.process_index, accelerator.num_processes,
+            self.start, args.seed, accelerator.process_index, accelerator.num_processes, args.source_resolution,
         )  # fmt: skip
         self.loader = self.data.loader(self.sampler, pin_memory=accelerator.device.type == "cuda")
+
+    def _build(self, config: dict) -> None:
+        """Network, scalings of its loss, and validation."""
+        args, refines = self.args, self.part == "refiner"
+        if refines and config.get("detail_std") is None:
+            config["detail_std"] = self._saved_detail_std() or self.data.detail_std()
+        with torch.device("meta") if args.dry_run and not args.init_from else contextlib.nullcontext():
+            self.network = build_refiner(args, config) if refines else build_unet(args, config, self.data.num_classes)
         self.scheduler = build_scheduler(args)
+        self.scalings = octave_scheduler(self.scheduler, self.network) if refines else self.scheduler
+        if args.freeze:
+            freeze(self.network, args.freeze)
         self.noise = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std)
         self.validation = None
         if self.data.held_out is not None:
-            self.validation = ValidationLoss(self.data.held_out, args.resolutions, self.scheduler, **self.noise)
+            self.validation = (OctaveValidationLoss if refines else ValidationLoss)(
+                self.data.held_out, args.resolutions, self.scalings, **self.noise,
+                source_resolution=args.source_resolution,
+            )  # fmt: skip
+
+    def _saved_detail_std(self) -> float | None:
+        """That of the checkpoint to go on from: the images may not be the same."""
+        return json.loads((self.checkpoint / "config.json").read_text()).get("detail_std") if self.checkpoint else None
+
+    def _make_loss(self) -> TrainingLoss | OctaveLoss:
+        if self.part == "refiner":
+            return OctaveLoss(self.model, self.scalings, **self.noise)
+        args = self.args
+        augment = GeometricAugment(args.augment_probability) if args.augment_probability else None
+        return TrainingLoss(
+            self.model, self.scalings, **self.noise, augment=augment, label_dropout=args.label_dropout,
+            no_class=self.data.num_classes,
+        )  # fmt: skip
 
     def _prepare_model(self) -> None:
         args = self.args
         if self.checkpoint:
-            check_architecture(self.checkpoint, self.unet.config)
+            check_architecture(self.checkpoint, self.network.config)
         if args.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing(levels=args.checkpointed_levels)
+            levels = {"levels": args.checkpointed_levels} if self.part == "unet" else {}
+            self.network.enable_gradient_checkpointing(**levels)
         if args.torch_compile:
-            self.unet.compile_repeated_blocks()
+            self.network.compile_repeated_blocks()
         if deepspeed := self.accelerator.state.deepspeed_plugin:  # whose engine clips and wants to know the batch
             share = args.batch_size // self.accelerator.num_processes
             options = {"train_micro_batch_size_per_gpu": share, "gradient_clipping": args.max_grad_norm}
             deepspeed.deepspeed_config.update(options)
-        optimizer = build_optimizer(args, self.unet)
+        optimizer = build_optimizer(args, self.network)
         # This schedule stays unprepared: Accelerate would step it once for each process, and our steps count the
         # global batch.
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=-(-args.lr_warmup_images // args.batch_size),
             num_training_steps=args.max_train_steps,
         )  # fmt: skip
-        self.model, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.averages = WeightAverages(self.accelerator, self.model, average_rules(args))
-        augment = GeometricAugment(args.augment_probability) if args.augment_probability else None
-        self.loss = TrainingLoss(
-            self.model, self.scheduler, **self.noise, augment=augment, label_dropout=args.label_dropout,
-            no_class=self.data.num_classes, noise_shift=args.noise_shift,
-            noise_size=math.sqrt(math.prod(np.broadcast_to(self.unet.config.sample_size, 2))),
-        )  # fmt: skip
+        self.loss = self._make_loss()
         if self.checkpoint:
             self._resume()
         card = hub.card_head(args.hub_license)
@@ -504,17 +618,17 @@ class Run:
         """Model, data, schedule and memory, as --dry_run prints them."""
         args, steps = self.args, range(self.start, self.args.max_train_steps)
         drawn = Counter(self.sampler.resolution(step) for step in steps)
-        lines = [summary(self.unet), f"Data: {self.data}."]
+        lines = [summary(self.network), f"Data: {self.data}."]
         lines += [f"{len(steps)} steps of {args.batch_size} images, {len(steps) * args.batch_size} in all:"]
         for size in sorted(drawn, key=math.prod):
             step = next(step for step in steps if self.sampler.resolution(step) == size)
             micro = self.sampler.micro_batch_sizes(step)
             lines.append(
                 f"  {format_resolution(size):>9}: {drawn[size]} steps, {len(micro)} x {max(micro)} images a process, "
-                f"about {activation_bytes(self.unet, max(micro), size) / 2**30:.2f} GiB of activations in float32"
+                f"about {activation_bytes(self.network, max(micro), size) / 2**30:.2f} GiB of activations in float32"
             )
-        trained = sum(p.numel() for p in self.unet.parameters() if p.requires_grad)
-        weights = sum(p.numel() for p in self.unet.parameters())
+        trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        weights = sum(p.numel() for p in self.network.parameters())
         copies = 4 * (weights * (2 + len(args.power_ema)) + 3 * trained)
         lines.append(f"weights, averages, gradients and Adam's moments: {copies / 2**30:.2f} GiB in float32")
         return "\n".join(lines)
@@ -578,7 +692,7 @@ class Run:
         self.training_step = TrainingStep(
             self.accelerator, self.model, self.optimizer, self.loss, self.sampler, batches, max_grad_norm
         )
-        self.accelerator.print(summary(self.unet))
+        self.accelerator.print(summary(self.network))
         self.accelerator.print(f"Data: {self.data}.")
         if not self.main:
             return
@@ -602,8 +716,8 @@ class Run:
             "options": public_options(self.args),
             "command": self.command,
             "data": {name: getattr(self.data, name) for name in ("description", "fingerprint", "class_names")},
-            "model": {k: v for k, v in self.unet.config.items() if not k.startswith("_")},
-            "parameters": sum(p.numel() for p in self.unet.parameters()),
+            "model": {k: v for k, v in self.network.config.items() if not k.startswith("_")},
+            "parameters": sum(p.numel() for p in self.network.parameters()),
             "versions": {m.__name__: m.__version__ for m in (dfu_diffusers, torch, diffusers, accelerate)}
             | {"python": platform.python_version()},
             "commit": git_commit(),
@@ -657,7 +771,7 @@ class Run:
         self.accelerator.save_state(str(folder))
         self.averages.save(folder)
         if self.main:
-            self.unet.save_config(folder)
+            self.network.save_config(folder)
             (folder / "run.json").write_text(json.dumps(self._facts(), indent=2) + "\n")
 
     def _report(self, done: int) -> None:
@@ -672,36 +786,55 @@ class Run:
             pipe = self._pipeline(weights)
             replace_contents(self.output, pipe.save_pretrained)
             with self.accelerator.autocast():
-                losses = self.validation(pipe.unet) if self.validation else {}
+                losses = self.validation(getattr(pipe, self.part)) if self.validation else {}
             for size, values in losses.items():
                 name = format_resolution(size)
                 self.validation_log.append(done, name, *values.tolist())
                 self.accelerator.log({f"validation/{name}": values[0].item()}, step=done)
-            sizes = sheet_sizes(self.args.resolutions + self.args.upsample_resolutions)
-            sheet = sample_sheet(pipe, sizes, self.args.seed)
-            sheet.save(self.output / "samples.png")
-            for tracker in self.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": np.asarray(sheet)[None]}, step=done, **layout)
+            if sheet := self._sheet(pipe):
+                sheet.save(self.output / "samples.png")
+                self._log_sheet(sheet, done)
             plot_losses(self.output / "loss.png", self.log, self.validation_log)
         self.accelerator.wait_for_everyone()
 
     def _pipeline(self, weights: dict[str, torch.Tensor]) -> DFUPipeline:
         with torch.device("meta"):
-            unet = DFUModel.from_config(self.unet.config)
-        unet.load_state_dict(weights, assign=True)
-        pipe = DFUPipeline(unet.to(self.accelerator.device).eval(), self.scheduler)
+            model = MODELS[self.part].from_config(self.network.config)
+        model.load_state_dict(weights, assign=True)
+        model = model.to(self.accelerator.device).eval()
+        if self.part == "refiner":
+            pipe = DFUSuperResolutionPipeline(None, self.scheduler, refiner=model)
+        else:
+            pipe = DFUPipeline(model, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def _sheet(self, pipe: DFUPipeline):
+        """Samples, or held-out images enlarged by a refiner; None without such images."""
+        args, held_out = self.args, self.data.held_out
+        if self.part == "unet":
+            return sample_sheet(pipe, sheet_sizes(args.resolutions + args.upsample_resolutions), args.seed)
+        if held_out is None:
+            return None
+        size = tuple(side // 2 for side in min(args.resolutions, key=math.prod))
+        source = source_size(size, [size], args.source_resolution)
+        items = held_out.__getitems__([(i, source) for i in range(min(6, len(held_out)))])
+        return enlargement_sheet(pipe, fit_size(torch.stack([item["image"] for item in items]), size), args.seed)
+
+    def _log_sheet(self, sheet, done: int) -> None:
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(sheet)[None]}, step=done, **layout)
 
     def _finish(self) -> None:
         if self.args.save_raw_weights:
             raw = self.accelerator.get_state_dict(self.model)
             if self.main:
-                self._pipeline(raw).unet.save_pretrained(self.output / "unet", variant="raw")
+                getattr(self._pipeline(raw), self.part).save_pretrained(self.output / self.part, variant="raw")
         if self.main:
-            self._write_card()
+            if self.part == "unet":  # the card shows how to generate with it
+                self._write_card()
             if self.args.push_to_hub:
                 how = {name: vars(self.args)[f"hub_{name}"] for name in ("revision", "tag", "self_contained")}
                 print(f"Pushed to {hub.push_folder(self.output, self.args.hub_model_id, **how)}.")
@@ -738,7 +871,13 @@ class Run:
 
 
 def public_options(args) -> dict:
-    return {k: [format_resolution(s) for s in v] if "resolutions" in k else v for k, v in sorted(vars(args).items())}
+    """The options in words that JSON has."""
+    values = dict(sorted(vars(args).items()))
+    for name in ("resolutions", "upsample_resolutions"):
+        values[name] = [format_resolution(size) for size in values[name]]
+    if values["source_resolution"]:
+        values["source_resolution"] = format_resolution(values["source_resolution"])
+    return values
 
 
 @contextlib.contextmanager

@@ -6,10 +6,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import draw, redraw
 
-from dfu_diffusers import EDMHeunScheduler
+from dfu_diffusers import DFURefiner, EDMHeunScheduler
+from dfu_diffusers.models.modes import average_pixels
 from dfu_diffusers.training.augment import GeometricAugment
-from dfu_diffusers.training.losses import TrainingLoss, ValidationLoss, image_normals
+from dfu_diffusers.training.losses import (
+    OctaveLoss,
+    OctaveValidationLoss,
+    TrainingLoss,
+    ValidationLoss,
+    coarse_grids,
+    detail_std,
+    fit_size,
+    image_normals,
+    refiner_loss,
+)
 
 SCHEDULER = EDMHeunScheduler()
 
@@ -106,21 +118,6 @@ def test_some_labels_are_dropped_and_nothing_else_changes():
     assert not torch.equal(dropped[:500], dropped[500:1000])
 
 
-def test_noise_levels_grow_with_the_side():
-    seen = []
-
-    def spy(sample, timestep, class_labels=None, augment_labels=None):
-        seen.append(4 * timestep)
-        return nothing_learned(sample, timestep)
-
-    clean = images(0.5, batch=5)
-    for size, shift in (((3, 5), 0.0), ((12, 20), 1.0), ((12, 20), 0.5)):  # their sides are as 1 : 4
-        training_loss(spy, clean.expand(-1, 2, -1, -1), size=size, noise_shift=shift, noise_size=math.sqrt(15))
-    # The noise level is the first draw of an image, whatever its size.
-    torch.testing.assert_close(seen[1], seen[0] + math.log(4))
-    torch.testing.assert_close(seen[2], seen[0] + math.log(4) / 2)
-
-
 def test_images_of_another_size_are_enlarged_as_pixel_centred_bilinear_interpolation():
     seen = []
 
@@ -132,6 +129,22 @@ def test_images_of_another_size_are_enlarged_as_pixel_centred_bilinear_interpola
     training_loss(spy, clean, size=(6, 10), p_mean=-9.0, p_std=0.1)  # hardly any noise
     shown = seen[0] * 0.5  # c_in is 1 / sigma_data there
     assert torch.allclose(shown, F.interpolate(clean, (6, 10), mode="bilinear"), atol=1e-2)
+
+
+def test_larger_images_are_cut_to_the_modes_of_the_size():
+    """Against averages over pixels of a picture whose modes are known."""
+
+    def averages(n):
+        """cos(2 pi x) + cos(9 pi x), averaged over n cells of [0, 1]."""
+        edges = torch.arange(n + 1, dtype=torch.float64) / n
+        return sum(torch.diff(torch.sin(k * math.pi * edges)) * n / (k * math.pi) for k in (2, 9))
+
+    large = averages(24)[:, None] * averages(24)
+    # Eight cells have no 9th mode: what is left is the 2nd.
+    edges = torch.arange(9, dtype=torch.float64) / 8
+    low = torch.diff(torch.sin(2 * math.pi * edges)) * 8 / (2 * math.pi)
+    cut = fit_size(large[None, None].expand(1, 2, -1, -1), (8, 8))
+    torch.testing.assert_close(cut, (low[:, None] * low).expand(1, 2, -1, -1), rtol=0, atol=1e-6)  # float32 bases
 
 
 def test_image_normals_are_standard_normal_and_depend_on_seed_and_number_alone():
@@ -194,3 +207,140 @@ def test_validation_repeats_itself_and_sorts_by_noise_level(make_model):
     # One batch or many: the same numbers to rounding.
     at_once = ValidationLoss(HeldOut(), [(8, 8)], SCHEDULER, bins=3)(model)[8, 8]
     assert torch.allclose(at_once, first[8, 8], rtol=1e-4)
+
+
+# --- Octaves ---
+
+
+def make_refiner(**config):
+    return redraw(DFURefiner(**{**dict(hidden_channels=8, num_layers=1, detail_std=0.2), **config}))
+
+
+def waves(n, count):
+    """The lowest cosine modes on n pixels, (count, n), of mean square 1."""
+    row = torch.arange(count, dtype=torch.float64)[:, None]
+    basis = torch.cos(math.pi * row * (torch.arange(n) + 0.5) / n)
+    return torch.where(row > 0, math.sqrt(2), 1) * basis
+
+
+def picture(modes, height, width):
+    return torch.einsum("ckl,ki,lj->cij", modes, waves(height, modes.shape[1]), waves(width, modes.shape[2]))
+
+
+def reference_loss(model, modes, coarse, sigma, told, noise, detail_deviation):
+    """The loss of one picture in float64, written from the definitions: modes (channels, height, width)."""
+    (_, height, width), (rows, columns) = modes.shape, coarse
+    low, high = modes.clone(), modes.clone()
+    low_noise, high_noise = noise.clone(), noise.clone()
+    for values in (low, low_noise):
+        values[:, rows:], values[:, :, columns:] = 0, 0
+    for values in (high, high_noise):
+        values[:, :rows, :columns] = 0
+    condition = picture(low, height, width) + told / math.sqrt(rows * columns) * picture(low_noise, height, width)
+    detail = picture(high, height, width)
+    noisy = detail + sigma * picture(high_noise, height, width) / math.sqrt(height * width)
+    total = sigma**2 + detail_deviation**2
+    output = model(
+        noisy[None] / math.sqrt(total), torch.tensor([math.log(sigma) / 4]), condition[None], torch.tensor([told])
+    ).sample[0]
+    denoised = detail_deviation**2 / total * noisy + sigma * detail_deviation / math.sqrt(total) * output
+    error = denoised - detail
+    coefficients = torch.einsum("cij,ki,lj->ckl", error, waves(height, height), waves(width, width)) / (height * width)
+    coefficients[:, :rows, :columns] = 0
+    share = 1 - rows * columns / (height * width)
+    weight = total / (sigma * detail_deviation) ** 2
+    return weight * picture(coefficients, height, width).square().mean() / share
+
+
+def test_the_loss_of_the_refiner_is_what_its_definition_says():
+    model = make_refiner().double()
+    modes, noise = draw(3, 3, 9, 12, dtype=torch.float64) / 9, draw(3, 3, 9, 12, seed=1, dtype=torch.float64)
+    coarse, sigma, told = [(5, 6), (9, 7), (4, 12)], [0.02, 0.3, 5.0], [0.003, 0.05, 0.3]
+    got = refiner_loss(
+        model, EDMHeunScheduler(sigma_data=0.2), modes, torch.tensor(coarse), torch.tensor(sigma), torch.tensor(told),
+        noise,
+    )  # fmt: skip
+    for i in range(3):
+        expected = reference_loss(model, modes[i], coarse[i], sigma[i], told[i], noise[i], 0.2)
+        assert got[i].item() == pytest.approx(expected.item(), rel=1e-4)  # noise levels and bases are float32
+
+
+def test_a_refiner_that_learned_nothing_scores_one():
+    """For white detail of deviation detail_std, whatever the octave."""
+    model = make_refiner(in_channels=1)
+    model.forward = lambda sample, *others: SimpleNamespace(sample=torch.zeros_like(sample))
+    modes = 0.2 / math.sqrt(12 * 10) * draw(3000, 1, 12, 10)
+    loss = refiner_loss(
+        model, EDMHeunScheduler(sigma_data=0.2), modes, coarse_grids((12, 10), torch.rand(3000, 7)),
+        draw(3000).exp(), torch.full((3000,), 0.01), draw(3000, 1, 12, 10, seed=1),
+    )  # fmt: skip
+    assert abs(loss.mean().item() - 1) < 0.02
+
+
+def test_coarse_grids_grow_by_factors_from_one_to_two():
+    grids = coarse_grids((40, 24), torch.rand(4000, 7, generator=torch.Generator().manual_seed(0)))
+    assert grids.amin(0).tolist() == [20, 12] and grids.amax(0).tolist() == [40, 24]
+    doubled = (grids == torch.tensor([20, 12])).all(1).float().mean()
+    assert 0.4 < doubled < 0.55 and not (grids == torch.tensor([40, 24])).all(1).any()
+    for axis, side in enumerate((40, 24)):
+        assert 0.03 < (grids[:, axis] == side).float().mean() < 0.15
+    assert coarse_grids((1, 2), torch.rand(50, 7)).unique(dim=0).tolist() == [[1, 1]]
+
+
+def test_the_deviation_of_detail_is_that_of_white_noise():
+    """On averages over pixels of pictures whose modes are white."""
+    white = draw(200, 2, 16, 12)
+    assert detail_std(average_pixels(0.3 * white)) == pytest.approx(0.3, rel=0.02)
+    smooth = torch.ones(2, 3, 16, 12) * draw(2, 3, 1, 1)
+    assert detail_std(smooth) < 1e-6
+
+
+def test_the_octaves_of_an_image_depend_on_its_number_alone():
+    model = make_refiner()
+    loss = OctaveLoss(model, EDMHeunScheduler(sigma_data=0.2), seed=3)
+    clean = 0.5 * draw(6, 3, 13, 10)
+    whole = loss(clean, list(range(40, 46)), (13, 10))
+    parts = [loss(clean[part], list(range(40, 46))[part], (13, 10)) for part in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)  # sums of float32 in another order
+    torch.randn(10)
+    assert torch.equal(loss(clean, list(range(40, 46)), (13, 10)), whole)
+    assert (loss(clean, list(range(46, 52)), (13, 10)) - whole).abs().min() > 0
+    # Larger images are cut first.
+    large = 0.5 * draw(6, 3, 26, 20)
+    torch.testing.assert_close(
+        loss(large, range(6), (13, 10)), loss(fit_size(large, (13, 10)), range(6), (13, 10)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_refiner_learns():
+    """Detail that follows from the coarse picture: stripes of the sign of its mean."""
+    torch.manual_seed(0)
+    model = DFURefiner(in_channels=1, hidden_channels=16, num_layers=1, detail_std=0.3)
+    loss_of = OctaveLoss(model, EDMHeunScheduler(sigma_data=0.3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    stripes = 0.5 * torch.cos(math.pi * 11 * (torch.arange(12) + 0.5) / 12).expand(1, 1, 12, 12)
+    losses = []
+    for step in range(60):
+        numbers = list(range(16 * step, 16 * step + 16))
+        sign = torch.tensor([1.0 if n % 2 else -1.0 for n in numbers]).view(-1, 1, 1, 1)
+        loss = loss_of(sign * (0.3 + stripes), numbers, (12, 12)).mean()
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_validation_of_octaves_is_the_loss_from_half_the_size():
+    model = make_refiner().eval()
+    scheduler = EDMHeunScheduler(sigma_data=0.2)
+    validation = OctaveValidationLoss(HeldOut(), [(8, 8), (5, 12)], scheduler, p_mean=-2.3, p_std=1.4, bins=2)
+    first, second = validation(model), validation(model)
+    assert list(first) == [(8, 8), (5, 12)] and all(torch.equal(first[size], second[size]) for size in first)
+    assert all(values.shape == (3,) and values.isfinite().all() for values in first.values())
+    cut = OctaveValidationLoss(HeldOut(), [(8, 8)], scheduler, source_resolution=(16, 16))
+    sizes = []
+    cut.dataset = type(
+        "Spy", (HeldOut,), {"__getitem__": lambda s, i: sizes.append(i[1]) or HeldOut.__getitem__(s, i)}
+    )()
+    cut(model)
+    assert set(sizes) == {(16, 16)}

@@ -21,10 +21,13 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState
 
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers.data.portraits import PortraitDataset
+from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler
+from dfu_diffusers.training import losses as losses_module
 from dfu_diffusers.training.ema import reconstruct
 from dfu_diffusers.training.freezing import parameter_groups
+from dfu_diffusers.training.losses import fit_size
 from examples import train_dfu
 
 pytest_plugins = "hub_stand_in"
@@ -280,6 +283,92 @@ def test_micro_batches_do_not_change_the_result(tmp_path):
     assert max((whole[name] - split[name]).abs().max() for name in whole) < 1e-5
 
 
+# --- Octaves ---
+
+
+@pytest.fixture
+def refiner_config(tmp_path):
+    config = {"_class_name": "DFURefiner", "hidden_channels": 8, "num_layers": 1, "detail_std": None}
+    (tmp_path / "refiner.json").write_text(json.dumps(config))
+    return ["--model_config", tmp_path / "refiner.json"]
+
+
+def test_a_refiner_is_trained_and_resumed_and_goes_with_a_trunk(tmp_path, refiner_config):
+    options = [*TINY, *refiner_config, "--resolutions", "8", "12", "12x8", "--max_train_steps", "5"]
+    run(*options, "--output_dir", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    run(*options, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
+    assert_same(state(tmp_path / "resumed", 5), state(tmp_path / "whole", 5))
+
+    upscaler = DFUSuperResolutionPipeline.from_pretrained(tmp_path / "whole")
+    config = upscaler.refiner.config
+    assert (config.sample_size, config.coarse_size) == (12, 4) and 0.02 < config.detail_std < 0.5
+    assert upscaler.unet is None
+    # Held-out portraits of 4 px, and what the refiner makes of them at 8, 16 and 32 px.
+    assert Image.open(tmp_path / "whole" / "samples.png").size == (56 + 4 * 130, 4 * 130)
+    validation = list(csv.DictReader(open(tmp_path / "whole" / "validation.csv")))
+    assert [row["resolution"] for row in validation] == ["8x8", "12x12", "12x8"]
+    assert len(validation[0]) == 3 + 4 and all(0.05 < float(row["loss"]) < 5 for row in validation)
+
+    trunk = ["--model_config", train_dfu.CONFIGS / "tiny.json", "--resolutions", "8", "--source_resolution", "16"]
+    train(tmp_path / "trunk", *trunk, "--max_train_steps", "1")
+    refiner = DFURefiner.from_pretrained(tmp_path / "whole", subfolder="refiner")
+    pipe = DFUPipeline.from_pretrained(tmp_path / "trunk", refiner=refiner)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(height=20, width=13, num_inference_steps=1, octave_steps=1).images[0].size == (13, 20)
+    tuned = ["--init_from", tmp_path / "whole", "--resolutions", "8", "--output_dir", tmp_path / "tuned"]
+    run(*TINY[2:], *tuned, "--max_train_steps", "1")
+    assert DFUSuperResolutionPipeline.from_pretrained(tmp_path / "tuned").refiner.config.coarse_size == 4
+
+
+def test_pictures_cut_by_modes_are_seen(tmp_path, monkeypatch):
+    """A trunk's pictures have the modes of the large ones; area averages of the same portraits differ."""
+    seen = []
+
+    def spy(model, scheduler, images, *others, original=losses_module.edm_loss):
+        seen.append(images.detach().clone())
+        return original(model, scheduler, images, *others)
+
+    monkeypatch.setattr(losses_module, "edm_loss", spy)
+    options = ["--resolutions", "8", "--max_train_steps", "1", "--num_validation_images", "0"]
+    train(tmp_path / "cut", *options, "--source_resolution", "32")
+    train(tmp_path / "averaged", *options)
+    cut, averaged = seen
+    draws = MixedResolutionBatchSampler(1_000_000, 4, [(8, 8)], num_steps=1).micro_batches(0)[0]
+    large = PortraitDataset(1_000_000).__getitems__([(draw.index, (32, 32)) for draw in draws])
+    expected = fit_size(torch.stack([item["image"] for item in large]), (8, 8))
+    torch.testing.assert_close(cut, expected, rtol=0, atol=1e-6)  # rendered in batches of other sizes
+    assert 0.01 < (cut - averaged).square().mean().sqrt() < 0.2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--freeze", "norm"], "--freeze is for a DFUModel"),
+        (["--augment_probability", "0.1"], "--augment_probability is for a DFUModel"),
+        (["--resolutions", "1x8"], "at least 2 pixels a side"),
+    ],
+)
+def test_what_a_refiner_cannot_have(tmp_path, refiner_config, options, message):
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "run", *refiner_config, *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "must hold the arguments of a model"),
+        ("{", "Expecting"),
+        ('{"_class_name": "UNet2DModel"}', "is of a UNet2DModel"),
+    ],
+)
+def test_files_that_describe_no_model_of_ours(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "run", "--model_config", tmp_path / "config.json")
+
+
 # --- Data ---
 
 
@@ -317,7 +406,7 @@ def test_classes_of_folders(tmp_path, photos):
 
 
 def test_dropped_labels_have_a_class_of_their_own(tmp_path, photos):
-    options = ["--train_data_dir", photos, "--class_conditional", "--label_dropout", "0.5", "--noise_shift", "1"]
+    options = ["--train_data_dir", photos, "--class_conditional", "--label_dropout", "0.5"]
     train(tmp_path / "run", *options)
     pipe = DFUPipeline.from_pretrained(tmp_path / "run")
     assert pipe.unet.config.num_class_embeds == 3, "the cat, the dog, and no class"
@@ -397,7 +486,7 @@ def test_a_pipeline_to_fine_tune_brings_its_dropout_and_its_scalings(tmp_path):
     args = train_dfu.parse_args(list(map(str, [*again, "--augment_probability", 0.1])))
     AcceleratorState._reset_state(reset_partial_state=True)
     prepared = train_dfu.Run(args)
-    assert prepared.unet.training and prepared.unet.config.dropout == 0.3
+    assert prepared.network.training and prepared.network.config.dropout == 0.3
     assert prepared.scheduler.config.sigma_data == 0.7
     with pytest.raises(SystemExit, match="trained with sigma_data=0.7, not 0.4"):
         run(*again, "--augment_probability", 0.1, "--sigma_data", 0.4)

@@ -34,17 +34,23 @@ def format_resolution(size: Size) -> str:
     return "x".join(map(str, size))
 
 
-def source_size(size: Size, resolutions: Sequence[Size]) -> Size:
-    """(height, width) to load images at that are trained on at `size`: itself if it is one of the resolutions, else
-    the same shape with as many pixels as the largest of them, to be enlarged.
+def source_size(size: Size, resolutions: Sequence[Size], source: Size | None = None) -> Size:
+    """(height, width) to load images at that are trained on at `size`.
+
+    One of the resolutions is loaded as it is. Any other has the same shape with as many pixels as the largest of them,
+    to be enlarged. With `source` a resolution is loaded with as many pixels as that, too, to be cut to fewer modes.
 
     >>> source_size((48, 48), [(48, 48), (96, 96)]), source_size((160, 80), [(48, 48), (96, 96)])
     ((48, 48), (136, 68))
+    >>> source_size((16, 16), [(16, 16), (12, 24)], (64, 64)), source_size((12, 24), [(16, 16), (12, 24)], (64, 64))
+    ((64, 64), (45, 91))
     """
-    if size in resolutions:
+    known = size in resolutions
+    if known and source is None:
         return size
-    scale = math.sqrt(max(map(math.prod, resolutions)) / math.prod(size))
-    return tuple(max(1, round(min(scale, 1) * side)) for side in size)
+    largest = max(map(math.prod, [*resolutions, source or (1, 1)]))
+    scale = math.sqrt(largest / math.prod(size))
+    return tuple(max(1, round((scale if known else min(scale, 1)) * side)) for side in size)
 
 
 class Draw(NamedTuple):
@@ -75,6 +81,7 @@ class MixedResolutionBatchSampler(Sampler):
         num_steps, first_step: steps first_step .. num_steps - 1 are yielded.
         seed: of orders and resolutions.
         rank, num_processes: this process takes its equal share of each batch.
+        source_resolution: images are loaded with as many pixels, to be cut to the modes of the resolution.
 
     Raises:
         ValueError: an argument out of its range, or a batch that cannot be shared equally.
@@ -99,6 +106,7 @@ class MixedResolutionBatchSampler(Sampler):
         seed: int = 0,
         rank: int = 0,
         num_processes: int = 1,
+        source_resolution: Size | None = None,
     ):
         weights = np.ones(len(resolutions)) if weights is None else np.asarray(weights, dtype=np.float64)
         if len(weights) != len(resolutions) or not len(weights) or not (weights >= 0).all() or not weights.sum() > 0:
@@ -126,7 +134,7 @@ class MixedResolutionBatchSampler(Sampler):
         real = (1 - upsample_weight) * weights / weights.sum()
         upsampled = [upsample_weight / len(upsample_resolutions) for _ in upsample_resolutions]
         self.sizes, self.probabilities = self.resolutions + self.upsample_resolutions, np.append(real, upsampled)
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.source_resolution = warmup_steps, source_resolution
         self._epoch, self._order = None, None
 
     def __len__(self) -> int:
@@ -159,7 +167,7 @@ class MixedResolutionBatchSampler(Sampler):
     def micro_batches(self, step: int) -> list[list[Draw]]:
         """This process's share of a step: lists of images that go through the network together."""
         number = step * self.batch_size + self.rank * (self.batch_size // self.num_processes)
-        size, batches = source_size(self.resolution(step), self.resolutions), []
+        size, batches = source_size(self.resolution(step), self.resolutions, self.source_resolution), []
         for count in self.micro_batch_sizes(step):
             batches.append([Draw(self._index(n), size, n) for n in range(number, number + count)])
             number += count

@@ -149,7 +149,7 @@ def check_architecture(folder: Path, config: dict) -> None:
         CheckpointError: names the fields that differ, with both values.
     """
     saved = json.loads((folder / "config.json").read_text())
-    free = {"sample_size", "dropout"}  # neither changes what the weights compute in a trained network
+    free = {"sample_size", "coarse_size", "dropout"}  # neither changes what the weights compute in a trained network
     differing = [
         f"{name} is {saved.get(name)} there and {json.loads(json.dumps(value))} here"
         for name, value in config.items()

@@ -75,8 +75,9 @@ def freeze(model: DFUModel, selectors: list[str]) -> list[str]:
     return [name for name in groups if name in chosen]
 
 
-def summary(model: DFUModel) -> str:
-    """A table of parameters, in millions, by level and kind; "*" marks cells that are frozen as a whole.
+def summary(model) -> str:
+    """A table of parameters, in millions, by level and kind; "*" marks cells that are frozen as a whole. Of another
+    model than a DFUModel one line.
 
     >>> config = dict(block_out_channels=(64, 64), layers_per_block=1, fourier_modes=(4, None), attention_levels=())
     >>> print(summary(DFUModel(**config)))
@@ -86,6 +87,8 @@ def summary(model: DFUModel) -> str:
     shared                                                                  0.082       0.082
     total       0.890       2.652       0.003       0.017       0.041       0.247       3.850
     """
+    if not isinstance(model, DFUModel):
+        return f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M parameters"
     groups, parameters = parameter_groups(model), dict(model.named_parameters())
     levels = [*_levels(groups), None]
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 
 from ..data.resolutions import Size
 from ..files import write_atomically
+from ..models.refiner import DFURefiner
 
 
 class Table:
@@ -80,11 +82,9 @@ def sample_sheet(pipe, sizes: Sequence[Size], seed: int = 0, count: int = 6, cel
         seed: the columns use seed, seed + 1, ...
         cell: height in pixels at which each sample is shown; pixels stay visible.
     """
-    margin, classes = 56, pipe.unet.config.num_class_embeds
+    classes, rows = pipe.unet.config.num_class_embeds, []
     labels = None if classes is None else torch.arange(count) % classes
-    widest = max(round(cell * width / height) for height, width in sizes)
-    sheet = Image.new("RGB", (margin + count * (widest + 2), len(sizes) * (cell + 2)), "white")
-    for row, (height, width) in enumerate(sizes):
+    for height, width in sizes:
         images = pipe(
             batch_size=count,
             height=height,
@@ -92,11 +92,43 @@ def sample_sheet(pipe, sizes: Sequence[Size], seed: int = 0, count: int = 6, cel
             class_labels=labels,
             generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
         ).images
-        ImageDraw.Draw(sheet).text((4, row * (cell + 2) + cell // 2 - 6), f"{height}x{width}", fill="black")
+        rows.append((f"{height}x{width}", images))
+    return _sheet(rows, cell)
+
+
+def enlargement_sheet(pipe, images: torch.Tensor, seed: int = 0, cell: int = 128) -> Image.Image:
+    """Images enlarged by a refiner: a row for each of 1, 2, 4 and 8 times their size, all shown at one scale.
+
+    Args:
+        pipe: a `DFUSuperResolutionPipeline`.
+        images: (count, channels, height, width) in [-1, 1].
+        seed: the columns use seed, seed + 1, ...
+        cell: height in pixels at which each image is shown; pixels stay visible.
+    """
+    pictures = VaeImageProcessor(vae_scale_factor=1).postprocess(images, output_type="pil")
+    rows = [("1x", pictures)]
+    for factor in (2, 4, 8):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(pictures))]
+        rows.append((f"{factor}x", pipe(pictures, scale=factor, consistency=False, generator=generators).images))
+    return _sheet(rows, cell)
+
+
+def _sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int) -> Image.Image:
+    """Rows of images, with their names before them."""
+    margin = 56
+    shown = [[_enlarge(image, cell) for image in images] for _, images in rows]
+    widest = max(image.width for images in shown for image in images)
+    sheet = Image.new("RGB", (margin + len(shown[0]) * (widest + 2), len(rows) * (cell + 2)), "white")
+    for row, ((name, _), images) in enumerate(zip(rows, shown)):
+        ImageDraw.Draw(sheet).text((4, row * (cell + 2) + cell // 2 - 6), name, fill="black")
         for column, image in enumerate(images):
-            shown = image.convert("RGB").resize((round(cell * width / height), cell), Image.Resampling.NEAREST)
-            sheet.paste(shown, (margin + column * (widest + 2), row * (cell + 2)))
+            sheet.paste(image, (margin + column * (widest + 2), row * (cell + 2)))
     return sheet
+
+
+def _enlarge(image: Image.Image, cell: int) -> Image.Image:
+    size = round(cell * image.width / image.height), cell
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
 def sheet_sizes(resolutions: Sequence[Size]) -> list[Size]:
@@ -122,7 +154,10 @@ def activation_bytes(model, batch_size: int, size: Size) -> int:
         return tensor
 
     sample = torch.empty(batch_size, twin.config.in_channels, *size, device="meta")
-    labels = torch.zeros(batch_size, dtype=torch.long, device="meta") if twin.config.num_class_embeds else None
+    if isinstance(twin, DFURefiner):
+        condition = sample  # the coarse picture
+    else:
+        condition = torch.zeros(batch_size, dtype=torch.long, device="meta") if twin.config.num_class_embeds else None
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        twin(sample, torch.zeros(batch_size, device="meta"), labels)
+        twin(sample, torch.zeros(batch_size, device="meta"), condition)
     return sum(kept.values())
