@@ -34,15 +34,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--scale", type=float, help="factor of both sides, e.g. 2.7 (default: 2)")
     add("--height", type=int, help="in pixels, instead of --scale; a side left out keeps the proportions")
     add("--width", type=int, help="in pixels, instead of --scale")
-    add(
-        "--noise_level",
-        type=float,
-        help="deviation of noise in the images, which reach from -1 to 1: about 0.05 for jpg",
-    )
+    add("--noise_level", type=float, help="deviation of noise in the images (-1 to 1): about 0.05 for a compressed one")
     add("--octave_steps", type=int, help="of the refiner, in each doubling of the size (default: the pipeline's)")
-    add(
-        "--strength", type=float, help="without a refiner, in (0, 1]: how much is drawn anew (default: the pipeline's)"
-    )
+    add("--strength", type=float, help="in (0, 1], how much is drawn anew without a refiner (default: the pipeline's)")
     add(
         "--consistency",
         action=argparse.BooleanOptionalAction,
@@ -72,11 +66,10 @@ def main(argv=None) -> list[Path]:
         pipe = DFUSuperResolutionPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
         if args.scheduler:
             pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+        mode = MODES.get((pipe.refiner or pipe.unet).config.in_channels)
         for path in args.images:
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert(
-                    MODES.get((pipe.refiner or pipe.unet).config.in_channels)
-                )
+                image = ImageOps.exif_transpose(image).convert(mode)
             (result,) = pipe(
                 image,
                 height=args.height,

@@ -45,7 +45,7 @@ METRICS = ("fd", "coherence", "patch", "spectrum", "agreement")
 
 
 class SquareFeatures(Features):
-    """Features of functions on the unit square: whatever its shape, a picture is averaged down to the training size."""
+    """Features of functions on the unit square: every shape is averaged down to the training size."""
 
     def coarse_size(self, size: Size) -> Size | None:
         coarse = tuple(map(min, size, self.training_size))
