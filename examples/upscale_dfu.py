@@ -34,7 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--scale", type=float, help="factor of both sides, e.g. 2.7 (default: 2)")
     add("--height", type=int, help="in pixels, instead of --scale; a side left out keeps the proportions")
     add("--width", type=int, help="in pixels, instead of --scale")
-    add("--noise_level", type=float, help="deviation of noise in the images (-1 to 1): about 0.05 for a compressed one")
+    add("--noise_level", type=float, help="deviation of noise in the images (-1 to 1): about 0.05 if compressed")
     add("--octave_steps", type=int, help="of the refiner, in each doubling of the size (default: the pipeline's)")
     add("--strength", type=float, help="in (0, 1], how much is drawn anew without a refiner (default: the pipeline's)")
     add(
