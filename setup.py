@@ -39,6 +39,7 @@ extras["test"] = [
     "scikit-image",
     "scikit-learn",
     "selenium",
+    "setuptools>=77",  # a test builds the wheel
     *extras["eval"],
     *extras["train"],
     *extras["lora"],

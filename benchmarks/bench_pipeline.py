@@ -3,11 +3,11 @@
 
     python benchmarks/bench_pipeline.py [--model checkpoints/dfu-portraits] [--sizes 32 64 128 256 512]
 
-Pipelines in all --variants draw the same seeds, in turns: a precision, followed by any of `+fixed` for `fixed_levels`,
-`+compiled` for torch.compile of the network's blocks, and `+graphs` for one of the whole network that replays CUDA
-graphs on a GPU (mode "reduce-overhead").
+Pipelines in all --variants draw the same seeds, in turns: a precision, followed by any of `+direct` and `+cascade` for
+these strategies in place of the pipeline's own, `+compiled` for torch.compile of the networks' blocks, and `+graphs`
+for one of the whole networks that replays CUDA graphs on a GPU (mode "reduce-overhead").
 Columns: seconds for an image in batches of --batch_size; how many times as fast as the first variant; nanoseconds for
-each pixel and network call, and the same beside the size of --reference_size; the PSNR of the pictures to those of the
+each pixel, and the same beside the size of --reference_size; the PSNR of the pictures to those of the
 first variant; most memory held, without the weights. On a GPU also how often the sampler waits for the device: the
 final copy to the CPU aside it never should. Writes the pictures beside each other with --output.
 """
@@ -23,15 +23,15 @@ from dfu_diffusers.evaluation.tables import parse, report
 from measure import ROOT, allow_tf32, parser, peak_bytes, race, ratio
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-ADDITIONS = ("fixed", "compiled", "graphs")
+ADDITIONS = ("direct", "cascade", "compiled", "graphs")
 
 
-def runner(pipe: DFUPipeline, size: int, fixed: bool, steps: int, args):
+def runner(pipe: DFUPipeline, size: int, strategy: str | None, steps: int, args):
     """Draws the images of seeds 0, 1, ...: (batch, 3, size, size) in [0, 1]."""
 
     def run():
         generators = [torch.Generator().manual_seed(seed) for seed in range(args.batch_size)]
-        options = dict(batch_size=args.batch_size, generator=generators, output_type="pt", fixed_levels=fixed)
+        options = dict(batch_size=args.batch_size, generator=generators, output_type="pt", strategy=strategy)
         return pipe(height=size, width=size, num_inference_steps=steps, **options).images
 
     return run
@@ -53,18 +53,18 @@ def count_waits(run) -> int:
 
 def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict], dict[str, torch.Tensor]]:
     def runner_of(variant: str, steps: int):
-        return runner(pipes[variant], size, "+fixed" in variant, steps, args)
+        strategy = next((name for name in ("direct", "cascade") if name in variant.split("+")), None)
+        return runner(pipes[variant], size, strategy, steps, args)
 
     runs = {variant: runner_of(variant, args.num_inference_steps) for variant in pipes}
     images = {variant: run().float().cpu() for variant, run in runs.items()}
     times = race(runs, args.turns, args.device)
     first = args.variants[0]
-    calls = 2 * args.num_inference_steps - 1  # Heun's second order, and a last step of first order
     rows = []
     for variant, run in runs.items():
         row = {"size": size, "variant": variant, "s per image": statistics.median(times[variant]) / args.batch_size}
         row[f"{first} / this"] = ratio(times[first], times[variant])
-        row["ns per pixel and call"] = row["s per image"] * 1e9 / (calls * size * size)
+        row["ns per pixel"] = row["s per image"] * 1e9 / size**2
         row[f"PSNR to {first}, dB"] = psnr(images[variant], images[first]) if variant != first else None
         row["peak, MiB"] = peak_bytes(runner_of(variant, 2), args.device) / 2**20  # as many steps as it takes to see
         if args.device.startswith("cuda"):
@@ -75,10 +75,10 @@ def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict],
 
 def add_cost(rows: list[dict], reference_size: int) -> None:
     """Cost of a pixel beside that at the reference size, in the same precision."""
-    costs = {(row["size"], row["variant"]): row["ns per pixel and call"] for row in rows}
+    costs = {(row["size"], row["variant"]): row["ns per pixel"] for row in rows}
     for row in rows:
         reference = costs.get((reference_size, row["variant"]))
-        row[f"beside {reference_size} px"] = row["ns per pixel and call"] / reference if reference else None
+        row[f"beside {reference_size} px"] = row["ns per pixel"] / reference if reference else None
 
 
 def sheet(images: dict[int, dict[str, torch.Tensor]], cell: int = 128) -> Image.Image:
@@ -97,7 +97,7 @@ def main(argv=None) -> list[dict]:
     options.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     options.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     options.add_argument("--reference_size", type=int, default=128)
-    options.add_argument("--variants", nargs="+", default=["float32", "bfloat16", "bfloat16+fixed"])
+    options.add_argument("--variants", nargs="+", default=["float32", "bfloat16", "float32+direct"])
     options.add_argument("--batch_size", type=int, default=1)
     options.add_argument("--num_inference_steps", type=int, default=18)
     args = parse(options, argv)
@@ -113,10 +113,12 @@ def main(argv=None) -> list[dict]:
     for variant, (dtype, *additions) in parts.items():
         pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, dtype)).to(args.device)
         pipe.set_progress_bar_config(disable=True)
-        if "compiled" in additions:
-            pipe.unet.compile_repeated_blocks()
-        if "graphs" in additions:
-            pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead")
+        for name in ("unet", "refiner"):
+            model = getattr(pipe, name)
+            if model is not None and "compiled" in additions:
+                model.compile_repeated_blocks()
+            if model is not None and "graphs" in additions:
+                setattr(pipe, name, torch.compile(model, mode="reduce-overhead"))
         pipes[variant] = pipe
     rows, images = [], {}
     for size in args.sizes:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How much memory does a whole picture take, and how long, at sizes far beyond the training's?
 
-    python benchmarks/large_images.py [--sizes 256 512 1024 2048] [--strategy cascade] [--fixed_levels]
+    python benchmarks/large_images.py [--sizes 256 512 1024 2048] [--strategy direct]
 
 Each picture is drawn by a process of its own, whose peak of resident memory is read at its end: torch, weights, noise,
 sampler and network together. Keeps the pictures beside OUTPUT, with OUTPUT.csv and OUTPUT.md.
@@ -27,7 +27,7 @@ def draw(size: int, args) -> dict:
     """In this process: one picture, its seconds and the process's peak."""
     pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     start = time.perf_counter()
-    options = dict(strategy=args.strategy, fixed_levels=args.fixed_levels, generator=torch.Generator().manual_seed(0))
+    options = dict(strategy=args.strategy, generator=torch.Generator().manual_seed(0))
     image = pipe(height=size, width=size, num_inference_steps=args.num_inference_steps, **options).images[0]
     seconds = time.perf_counter() - start
     if args.output:
@@ -49,8 +49,7 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--strategy", choices=STRATEGIES, default="cascade")
-    parser.add_argument("--fixed_levels", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--num_inference_steps", type=int, default=18)
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
@@ -69,8 +68,8 @@ def main(argv=None) -> list[dict]:
             raise SystemExit(f"No picture of {size}x{size} was drawn.")
         rows.append(json.loads(child.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-    fixed = ", fixed levels" if args.fixed_levels else ""
-    title = f"One picture, {args.strategy}{fixed}, {args.num_inference_steps} Heun steps in {args.dtype}."
+    strategy = args.strategy or "the best strategy"
+    title = f"One picture, {strategy}, {args.num_inference_steps} Heun steps in {args.dtype}."
     report(rows, title, "python benchmarks/large_images.py", args)
     return rows
 

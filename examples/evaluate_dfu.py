@@ -31,8 +31,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 import dfu_diffusers
-from dfu_diffusers import DFUModel, DFUPipeline, hub
-from dfu_diffusers.command_line import count, device_name, git_commit, natural, number, resolution
+from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, hub
+from dfu_diffusers.command_line import count, device_name, git_commit, natural, resolution
 from dfu_diffusers.data.dataset import ImageDataset
 from dfu_diffusers.data.folders import load_table
 from dfu_diffusers.data.resolutions import Size, format_resolution
@@ -59,21 +59,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", nargs="+", default=[str(CHECKPOINT)], help="folders of saved pipelines, or their ids on the Hub")
     add("--sizes", nargs="+", type=resolution, help="HEIGHT or HEIGHTxWIDTH (default: training size x 1, 4/3, 5/3, 2)")
-    add("--train_size", type=resolution, help="largest size in training (default: the models' sample_size)")
+    add(
+        "--train_size",
+        type=resolution,
+        help="largest size in training (default: the models' sample_size)",
+    )
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
     add("--extractor", default="portrait", help="portrait, inception, dinov2[:id] or clip[:id]")
     add("--num_images", type=count, default=1000, help="of each model and size, and of references")
     add("--seed", type=natural, default=0, help="of the first image")
     add("--num_inference_steps", type=count, default=18)
-    add("--plain_noise", action="store_true", help="other noise at each size, in place of one whose low modes agree")
-    add("--strategy", choices=STRATEGIES, default="direct", help="beyond the training size: see docs/zero_shot.md")
-    add("--fixed_levels", action="store_true", help="only the finest level grows beyond the training size")
-    add(
-        "--spectral_gain",
-        type=number(float, -8, 8),
-        default=0.0,
-        help="of direct samples beyond it: see docs/zero_shot.md",
-    )
+    add("--octave_steps", type=count, help="of the refiner, in each doubling of the size (default: the pipeline's)")
+    add("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct; see docs/zero_shot.md")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models, in sampling")
     add("--batch_size", type=count, default=32, help="images at once in each process")
 
@@ -106,8 +103,6 @@ def parse_args(argv) -> argparse.Namespace:
             parser.error(f"--model: there is no folder {model}; name a saved pipeline, or its id on the Hub")
         if args.update_model_card and not (Path(model) / hub.CARD).is_file():
             parser.error(f"--update_model_card: there is no {Path(model) / hub.CARD}; name a local folder with a card")
-    if args.spectral_gain and args.strategy != "direct":
-        parser.error(f"--spectral_gain is for --strategy direct, not {args.strategy}")
     for size in (args.sizes or []) + [args.train_size] * bool(args.train_size):
         if min(size) < MIN_SIDE:
             parser.error(f"size {format_resolution(size)} is too small to measure: both sides must be >= {MIN_SIDE}")
@@ -117,9 +112,9 @@ def parse_args(argv) -> argparse.Namespace:
 
 
 def ways_to_sample(args) -> dict:
-    """Arguments of the pipeline that differ from its defaults."""
-    defaults = {"strategy": "direct", "fixed_levels": False, "spectral_gain": 0.0}
-    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
+    """Arguments of the pipeline that are given."""
+    names = ("octave_steps", "strategy")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def labels(models: list[str]) -> list[str]:
@@ -140,8 +135,6 @@ class Evaluation:
         # The others wait while the main process computes, longer than the usual ten minutes.
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))])
         configs = [load_config(model) for model in args.model]
-        if (args.fixed_levels or args.spectral_gain) and any(c.get("_class_name") != "DFUModel" for c in configs):
-            raise EvaluationError("--fixed_levels and --spectral_gain need DFU models: leave them out.")
         self.training_size = args.train_size or common_size(args.model, configs)
         grown = [tuple(round(factor * side) for side in self.training_size) for factor in FACTORS]
         self.sizes = sorted(set(args.sizes or grown), key=lambda size: (math.prod(size), size))
@@ -213,7 +206,7 @@ class Evaluation:
         args, seed = self.args, self.args.seed
         pipe = DFUPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype)).to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        source = ModelSource(pipe, args.num_inference_steps, nested_noise=not args.plain_noise, **ways_to_sample(args))
+        source = ModelSource(pipe, num_inference_steps=args.num_inference_steps, **ways_to_sample(args))
         folder = args.output_dir / "samples" / label.replace("/", "--")
         beyond = [size for size in self.sizes if self._coarse(size)]
         needed = bool(beyond) or ("agreement" in args.metrics and self.sizes != [self.training_size])
@@ -254,10 +247,9 @@ class Evaluation:
 
     def _protocol(self) -> str:
         extractor = f"{self.features.extractor.name}, " if self.features else ""
-        noise = ", plain noise" if self.args.plain_noise else ""
         ways = "".join(f", {name} {value}" for name, value in ways_to_sample(self.args).items())
         dtype = "" if self.args.dtype == "float32" else f", {self.args.dtype}"
-        return f"{extractor}{self.args.num_images} images, {self.args.num_inference_steps} steps{noise}{ways}{dtype}"
+        return f"{extractor}{self.args.num_images} images, {self.args.num_inference_steps} steps{ways}{dtype}"
 
     def _facts(self, rows: list[Row]) -> dict:
         options = {name: _plain(value) for name, value in sorted(vars(self.args).items())}
@@ -304,9 +296,12 @@ class Evaluation:
 
 
 def load_config(model: str) -> dict:
-    """The network's configuration, of a saved pipeline here or on the Hub."""
+    """Of `unet` in a saved pipeline here or on the Hub, with the `sample_size` of the refiner if there is one."""
     try:
-        return DFUModel.load_config(model, subfolder="unet")
+        config = DFUModel.load_config(model, subfolder="unet")
+        if DFUPipeline.load_config(model).get("refiner", [None])[0]:
+            config["sample_size"] = DFURefiner.load_config(model, subfolder="refiner")["sample_size"]
+        return config
     except OSError as error:
         raise EvaluationError(
             f"--model {model} cannot be loaded ({error}): name the folder of a saved pipeline, or its id on the Hub."

@@ -3,8 +3,8 @@
 
     python examples/generate_dfu.py --sizes 32 48 64x96 --batch_size 4 --seed 7
 
-An image depends on its seed, its size and the sampler, not on the images made beside it. With --batch_size 4 --seed 7
-the seeds are 7, 8, 9 and 10, at each size. Writes OUTPUT_DIR/seed7_64x96.png and so on (height x width).
+One seed is one picture at every size if the model has a refiner, whatever is drawn beside it. With --batch_size 4
+--seed 7 the seeds are 7, 8, 9 and 10, at each size. Writes OUTPUT_DIR/seed7_64x96.png and so on (height x width).
 """
 
 import argparse
@@ -38,11 +38,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=1, help="images of each size")
     add("--max_batch_size", type=int, help="evaluate at most so many at once, to need less memory")
     add("--num_inference_steps", type=int, default=18)
+    add("--octave_steps", type=int, help="of the refiner, in each doubling of the size (default: the pipeline's)")
     add("--seed", type=int, default=0, help="of the first image")
     add("--class_label", type=int, help="for a class-conditional model")
-    add("--strategy", choices=STRATEGIES, default="direct", help="beyond the training size: see docs/zero_shot.md")
-    add("--fixed_levels", action="store_true", help="only the finest level grows beyond the training size")
-    add("--spectral_gain", type=float, default=0.0, help="of direct samples beyond it: see docs/zero_shot.md")
+    add("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct; see docs/zero_shot.md")
     add("--tileable", choices=["x", "y", "xy"], help="axes along which opposite edges meet: see docs/tileable.md")
     add("--guidance_scale", type=float, default=1.0, help="for a model trained with --label_dropout, or with a guide")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
@@ -61,6 +60,7 @@ def main(argv=None) -> list[Path]:
     check_model_and_seed(parser, args)
 
     seeds = range(args.seed, args.seed + args.batch_size)
+    options = {} if args.octave_steps is None else {"octave_steps": args.octave_steps}
     files = []
     try:
         sizes = [parse_resolution(text) for text in args.sizes or []] or [(args.height, args.width)]
@@ -76,11 +76,10 @@ def main(argv=None) -> list[Path]:
                 class_labels=args.class_label,
                 strategy=args.strategy,
                 tileable=args.tileable,
-                fixed_levels=args.fixed_levels,
-                spectral_gain=args.spectral_gain,
                 guidance_scale=args.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 max_batch_size=args.max_batch_size,
+                **options,
             ).images
             args.output_dir.mkdir(parents=True, exist_ok=True)
             for seed, image in zip(seeds, images):

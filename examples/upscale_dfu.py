@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Enlarge images with a DFU model, by any factor or to any size.
+"""Enlarge images by any factor or to any size, with a refiner or a DFU model.
 
     python examples/upscale_dfu.py portrait.png other.png --scale 2.7
-    python examples/upscale_dfu.py photo.jpg --height 1024 --tile_size 256
+    python examples/upscale_dfu.py photo.jpg --model me/upscaler --height 1024 --noise_level 0.05
 
-From twice the size on each result, area-averaged to the size that it had, is the input again (--consistency asks for
-that at any factor, --no-consistency gives the model a free hand).
+A folder of a pipeline with a `refiner` needs no other model; without one the DFU model redraws the enlarged image.
+Where both sides at least double, each result averages to its input, cell by cell (--consistency asks for that at any
+factor, --no-consistency leaves it out).
 Writes OUTPUT_DIR/portrait_86x86.png and so on (height x width).
 """
 
@@ -33,15 +34,15 @@ def get_parser() -> argparse.ArgumentParser:
     add("--scale", type=float, help="factor of both sides, e.g. 2.7 (default: 2)")
     add("--height", type=int, help="in pixels, instead of --scale; a side left out keeps the proportions")
     add("--width", type=int, help="in pixels, instead of --scale")
-    add("--strength", type=float, help="in (0, 1]: how much is drawn anew (default: the pipeline's)")
+    add("--noise_level", type=float, help="deviation of noise in the images (-1 to 1): about 0.05 if compressed")
+    add("--octave_steps", type=int, help="of the refiner, in each doubling of the size (default: the pipeline's)")
+    add("--strength", type=float, help="in (0, 1], how much is drawn anew without a refiner (default: the pipeline's)")
     add(
         "--consistency",
         action=argparse.BooleanOptionalAction,
         help="whether the result averages to the input (default: from a factor of 2 on)",
     )
-    add("--tile_size", type=int, help="let the network see squares of at most this side, to need less memory")
-    add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter)")
-    add("--num_inference_steps", type=int, default=18, help="of the whole schedule (default: %(default)s)")
+    add("--num_inference_steps", type=int, help="without a refiner, of the whole schedule (default: the pipeline's)")
     add("--seed", type=int, default=0)
     add("--class_label", type=int, help="for a class-conditional model")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
@@ -58,26 +59,25 @@ def main(argv=None) -> list[Path]:
     check_model_and_seed(parser, args)
     if len({path.stem for path in args.images}) < len(args.images):
         parser.error("two images have one name, and so would their results: enlarge them one by one")
-    options = {} if args.strength is None else {"strength": args.strength}
+    names = ("noise_level", "octave_steps", "strength", "num_inference_steps")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     files = []
     try:
         pipe = DFUSuperResolutionPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
         if args.scheduler:
             pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+        mode = MODES.get((pipe.refiner or pipe.unet).config.in_channels)
         for path in args.images:
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert(MODES.get(pipe.unet.config.in_channels))
+                image = ImageOps.exif_transpose(image).convert(mode)
             (result,) = pipe(
                 image,
                 height=args.height,
                 width=args.width,
                 scale=args.scale,
                 consistency=args.consistency,
-                num_inference_steps=args.num_inference_steps,
                 class_labels=args.class_label,
                 generator=torch.Generator().manual_seed(args.seed),
-                tile_size=args.tile_size,
-                tile_overlap=args.tile_overlap,
                 **options,
             ).images
             args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 
-from dfu_diffusers import DFUPipeline, EDMHeunScheduler, hub
+from dfu_diffusers import DFUPipeline, DFURefiner, EDMHeunScheduler, hub
 from dfu_diffusers.evaluation import extractors
 from dfu_diffusers.evaluation.collections import Collection
 from dfu_diffusers.evaluation.report import METRICS
@@ -55,6 +55,15 @@ def model(tmp_path_factory, make_model):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     DFUPipeline(make_model(), EDMHeunScheduler()).save_pretrained(folder)
     (folder / hub.CARD).write_text(CARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def octaves(tmp_path_factory, make_model):
+    """A pipeline with a refiner, which was trained to twice the grid of its `unet`."""
+    folder = tmp_path_factory.mktemp("models") / "octaves"
+    refiner = DFURefiner(hidden_channels=8, num_layers=1, coarse_size=8, sample_size=16)
+    DFUPipeline(make_model(sample_size=8), EDMHeunScheduler(), refiner=refiner).save_pretrained(folder)
     return folder
 
 
@@ -113,10 +122,10 @@ def photos(tmp_path):
 
 def test_a_run_leaves_table_curves_sheet_and_a_valid_card(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--sizes", "16", "20x31", "--update_model_card", "--plain_noise"]
+    options = ["--sizes", "16", "20x31", "--update_model_card", "--strategy", "cascade"]
     evaluate(model, tmp_path, *options)
     facts = json.loads((tmp_path / "results.json").read_text())
-    assert facts["training_size"] == "16x16" and facts["processes"] == 1 and "--plain_noise" in facts["command"]
+    assert facts["training_size"] == "16x16" and facts["processes"] == 1 and "--strategy cascade" in facts["command"]
     names = [(row["size"], row["name"]) for row in facts["rows"]]
     beyond = ["tiny", "tiny, lanczos", "tiny, fourier", "real"]
     assert names == [("16x16", "tiny"), ("16x16", "real")] + [("20x31", name) for name in beyond]
@@ -135,7 +144,7 @@ def test_a_run_leaves_table_curves_sheet_and_a_valid_card(tmp_path, model, monke
     hub.check_card(text)
     results = ModelCard(text).data.eval_results
     assert "Text that stays." in text and len({result.metric_name for result in results}) == len(results) == 20
-    protocol = "(projection, 12 images, 2 steps, plain noise)"
+    protocol = "(projection, 12 images, 2 steps, strategy cascade)"
     value = next(each.metric_value for each in results if each.metric_name == f"FD at 20x31 px {protocol}")
     assert value == figures(tmp_path)["tiny", "20x31"]["fd"]
     evaluate(model, tmp_path, *options, "--metrics", "fd")  # nothing is drawn, none lost
@@ -200,21 +209,24 @@ def test_an_interrupted_run_goes_on(tmp_path, plain, model, monkeypatch):
     assert_same(tmp_path, plain)
 
 
-def test_noise_is_nested_unless_it_shall_be_plain(tmp_path, model):
-    options = ["--metrics", "agreement", "--sizes", "24", "--num_images", "4"]
-    evaluate(model, tmp_path / "plain", *options, "--plain_noise")
-    evaluate(model, tmp_path / "nested", *options)
-    plain, nested = (figures(tmp_path / name)["tiny", "24x24"]["agreement"] for name in ("plain", "nested"))
-    assert nested > plain
-
-
 def test_a_strategy_changes_what_lies_beyond_the_training_size(tmp_path, model):
     options = ["--metrics", "spectrum", "--sizes", "16", "24", "--num_images", "4"]
     evaluate(model, tmp_path / "direct", *options)
-    evaluate(model, tmp_path / "cascade", *options, "--strategy", "cascade", "--fixed_levels")
+    evaluate(model, tmp_path / "cascade", *options, "--strategy", "cascade")
     direct, cascade = (figures(tmp_path / name) for name in ("direct", "cascade"))
     assert direct["tiny", "16x16"] == cascade["tiny", "16x16"] and direct["tiny", "24x24"] != cascade["tiny", "24x24"]
-    assert "strategy cascade, fixed_levels True" in (tmp_path / "cascade" / "results.md").read_text()
+    assert "strategy cascade" in (tmp_path / "cascade" / "results.md").read_text()
+
+
+def test_octaves_are_measured_from_the_refiner_s_size_on(tmp_path, octaves):
+    options = ["--metrics", "agreement", "--sizes", "16", "24", "--num_images", "4", "--octave_steps", "2"]
+    evaluate(octaves, tmp_path / "octaves", *options)
+    evaluate(octaves, tmp_path / "direct", *options[:-2], "--strategy", "direct")
+    facts = json.loads((tmp_path / "octaves" / "results.json").read_text())
+    assert facts["training_size"] == "16x16" and "octave_steps 2" in (tmp_path / "octaves" / "results.md").read_text()
+    drawn, direct = (figures(tmp_path / way)["octaves", "24x24"]["agreement"] for way in ("octaves", "direct"))
+    assert drawn > direct + 3  # one seed is one picture
+    assert {row["images"].get("octave_steps") for row in facts["rows"] if row["method"] == "model"} == {2}
 
 
 # --- What is kept is what was asked for ---
@@ -223,9 +235,8 @@ def test_a_strategy_changes_what_lies_beyond_the_training_size(tmp_path, model):
 @pytest.mark.parametrize(
     "options, field",
     [
-        (["--num_inference_steps", "3"], "steps 2 (asked for: 3)"),
+        (["--num_inference_steps", "3"], "num_inference_steps 2 (asked for: 3)"),
         (["--seed", "1"], r"images [0, 11] (asked for: [1, 12])"),
-        (["--plain_noise"], "noise 'nested' (asked for: 'plain')"),
         (["--strategy", "cascade"], "strategy 'default' (asked for: 'cascade')"),
         (["--train_size", "20"], "patch 8 (asked for: 10)"),
         (["--dtype", "bfloat16"], "asked for: '"),
@@ -322,9 +333,10 @@ def test_small_references_are_refused_or_left_out(tmp_path, capsys, model, photo
 def test_other_bad_options_are_named(tmp_path, capsys, model, monkeypatch):
     assert "invalid choice: 'ssim'" in refused(capsys, model, tmp_path, "--metrics", "ssim")
     assert "not '0'" in refused(capsys, model, tmp_path, "--sizes", "0")
-    text = refused(capsys, model, tmp_path, "--strategy", "guided", "--spectral_gain", "1")
-    assert "--spectral_gain is for --strategy direct, not guided" in text
-    assert "9 must be at least -8, at most 8" in refused(capsys, model, tmp_path, "--spectral_gain", "9")
+    assert "invalid choice: 'guided'" in refused(capsys, model, tmp_path, "--strategy", "guided")
+    assert "strategy='octaves' needs a refiner" in refused(
+        capsys, model, tmp_path, "--strategy", "octaves", "--metrics", "spectrum", "--num_images", "4", "--sizes", "16"
+    )
     assert "7x16 is too small" in refused(capsys, model, tmp_path, "--sizes", "7x16")
     text = refused(capsys, model, tmp_path, "--reference_dir", "a", "--dataset_name", "b")
     assert "give one of them" in text
@@ -339,10 +351,11 @@ def test_other_bad_options_are_named(tmp_path, capsys, model, monkeypatch):
     assert text == "evaluate_dfu.py: The weights of inception cannot be fetched: connect to the Internet once."
 
 
-def test_images_of_another_guide_are_other_images(make_model):
+def test_images_of_another_guide_or_refiner_are_other_images(make_model):
     unet, guides = make_model(), [None, make_model(), make_model(block_out_channels=(8, 8, 8))]
-    sources = [ModelSource(DFUPipeline(unet, EDMHeunScheduler(), guide), 1) for guide in guides]
-    assert len({source.key((9, 8))["weights"] for source in sources}) == 3
+    pipes = [DFUPipeline(unet, EDMHeunScheduler(), guide) for guide in guides]
+    pipes += [DFUPipeline(unet, EDMHeunScheduler(), refiner=DFURefiner(hidden_channels=n)) for n in (4, 8)]
+    assert len({ModelSource(pipe).key((9, 8))["weights"] for pipe in pipes}) == 5
 
 
 def test_damaged_files_and_infinite_pixels_are_named(tmp_path, model, make_model):
@@ -358,4 +371,4 @@ def test_damaged_files_and_infinite_pixels_are_named(tmp_path, model, make_model
     with torch.no_grad():
         next(pipe.unet.parameters()).fill_(math.nan)
     with pytest.raises(EvaluationError, match="not finite at 9x8 px"):
-        ModelSource(pipe, 1).draw([0], (9, 8))
+        ModelSource(pipe, num_inference_steps=1).draw([0], (9, 8))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dfu_diffusers import DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUPipeline, DFURefiner, EDMHeunScheduler
 from examples import generate_dfu
 
 
@@ -93,6 +93,9 @@ def test_class_label(generate, saved):
         (["--max_batch_size", "0"], "`max_batch_size` must be an integer of at least 1, but got 0"),
         (["--num_inference_steps", "0"], "`num_inference_steps` must be an integer of at least 1, but got 0"),
         (["--seed", "-1"], "--seed must lie in [0, 2^63), not -1"),
+        (["--octave_steps", "0"], "`octave_steps` must be an integer of at least 1, but got 0"),
+        (["--strategy", "octaves"], "strategy='octaves' needs a refiner"),
+        (["--strategy", "guided"], "argument --strategy: invalid choice"),
         (["--class_label", "1"], "This model is unconditional"),
         (["--scheduler", "ddpm"], "argument --scheduler: invalid choice"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
@@ -135,12 +138,14 @@ def test_strategy_guidance_and_tiling_reach_the_pipeline(generate, saved):
         assert abs(less - np.asarray(expected)).max() > 2
 
 
-@pytest.mark.parametrize("given", [["--fixed_levels"], ["--spectral_gain", 1]])
-def test_levels_and_gain_reach_the_pipeline(generate, saved, given):
-    pipe = DFUPipeline.from_pretrained(saved[1])
-    seed = torch.Generator().manual_seed(0)
-    options = dict(height=24, width=33, num_inference_steps=2, class_labels=1, generator=seed)
-    expected = np.asarray(pipe(**options, **{given[0][2:]: 1}).images[0])
-    common = ["--height", 24, "--width", 33, "--class_label", 1]
-    np.testing.assert_array_equal(pixels(generate(*common, *given, model=saved[1])[0]), expected)
-    assert abs(pixels(generate(*common, model=saved[1])[0]) - expected).max() > 2
+def test_octaves_are_the_default_with_a_refiner(generate, make_model, tmp_path):
+    refiner = DFURefiner(hidden_channels=8, num_layers=1, coarse_size=8, sample_size=12)
+    pipe = DFUPipeline(make_model(sample_size=8), EDMHeunScheduler(), refiner=refiner)
+    pipe.save_pretrained(tmp_path / "model")
+    options = dict(num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    expected = np.asarray(pipe(octave_steps=3, **options).images[0])
+    (file,) = generate("--octave_steps", 3, model=tmp_path / "model")
+    assert expected.shape == (12, 12, 3)
+    np.testing.assert_array_equal(pixels(file), expected)
+    (file,) = generate("--strategy", "direct", model=tmp_path / "model")
+    assert abs(pixels(file) - expected).max() > 20

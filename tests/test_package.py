@@ -1,7 +1,9 @@
 """What the package as a whole promises: light imports, files that can travel alone, documents that are true."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +45,7 @@ ARROWS = {
     "files": set(),
     "command_line": {"schedulers", "data"},
     "training": {"models", "schedulers", "pipelines", "data", "files"},
-    "evaluation": {"models", "schedulers", "pipelines", "data", "files"},
+    "evaluation": {"models", "schedulers", "pipelines", "data", "files", "command_line"},
     "hub": {"models", "schedulers", "pipelines", "data", "files", "__init__"},
     "__init__": {"models", "schedulers", "pipelines"},
 }
@@ -76,9 +78,52 @@ sys.exit(", ".join(heavy & set(sys.modules)) or 0)
 
 
 def test_the_public_names():
-    expected = ["DFUInpaintPipeline", "DFUModel", "DFUPipeline", "DFUSuperResolutionPipeline", "EDMHeunScheduler"]
-    assert sorted(dfu_diffusers.__all__) == expected
+    pipelines = ["DFUInpaintPipeline", "DFUPipeline", "DFUSuperResolutionPipeline"]
+    assert sorted(dfu_diffusers.__all__) == sorted([*pipelines, "DFUModel", "DFURefiner", "EDMHeunScheduler"])
     assert re.fullmatch(r"\d+\.\d+\.\d+", dfu_diffusers.__version__)
+
+
+AWAY = """
+import sys
+from pathlib import Path
+
+import torch
+import dfu_diffusers
+from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler, hub
+from dfu_diffusers.evaluation.extractors import load_extractor
+
+assert Path(sys.argv[1]) in Path(dfu_diffusers.__file__).parents, dfu_diffusers.__file__
+layers = dict(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+refiner = DFURefiner(hidden_channels=8, num_layers=1, coarse_size=8, sample_size=16)
+pipe = DFUPipeline(DFUModel(sample_size=8, **layers), EDMHeunScheduler(), refiner=refiner)
+(image,) = pipe(height=20, width=13, num_inference_steps=2, octave_steps=2).images
+assert image.size == (13, 20)
+assert load_extractor("portrait")(torch.zeros(1, 3, 32, 32)).shape == (1, 96)
+pipe.save_pretrained("model", self_contained=True)
+hub.check_card(hub.model_card(hub.TEMPLATE, "model", "me/model", license="apache-2.0"))
+"""
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_is_whole(tmp_path):
+    """Built from a copy, as building leaves files; installed and run away from the repository."""
+    source, site, away = tmp_path / "source", tmp_path / "site", tmp_path / "away"
+    unwanted = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, source / "dfu_diffusers", ignore=unwanted)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    away.mkdir()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("dfu_diffusers-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, capture_output=True)
+
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    for words in (["-c", AWAY, str(site)], ["-m", "dfu_diffusers.hub", "--help"]):
+        done = subprocess.run([sys.executable, *words], env=environment, cwd=away, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "Publish a saved pipeline." in done.stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -2,6 +2,7 @@
 """Sources of images: a model, upsampling, real images; and how pixels are resized and kept."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 
@@ -62,34 +63,32 @@ def lanczos_resize(pixels: np.ndarray, size: Size) -> np.ndarray:
 
 
 class ModelSource:
-    """A pipeline's images: number i from seed i, noise drawn on the CPU, classes in turn.
+    """Images of a pipeline: number i from seed i, noise drawn on the CPU, classes in turn.
 
     Args:
         pipe: a `DFUPipeline`, its scheduler included.
-        steps: `num_inference_steps`.
-        nested_noise: noise whose low Fourier modes agree at all sizes, see the pipeline; otherwise plain one.
-        options: more arguments of the pipeline, such as `strategy`.
+        options: more arguments of the pipeline, such as `strategy` or `num_inference_steps`.
     """
 
-    def __init__(self, pipe, steps: int, nested_noise: bool = True, **options):
-        self.pipe, self.steps, self.nested_noise, self.options = pipe, steps, nested_noise, options
-        self.digest = weights_digest(pipe.unet)
-        if pipe.guide is not None:
-            self.digest += " guided by " + weights_digest(pipe.guide)
+    def __init__(self, pipe, **options):
+        defaults = inspect.signature(type(pipe).__call__).parameters
+        steps = ("num_inference_steps", "octave_steps") if pipe.refiner else ("num_inference_steps",)
+        self.pipe, self.options = pipe, {name: defaults[name].default for name in steps} | options
+        models = {"": pipe.unet, " guided by ": pipe.guide, " refined by ": pipe.refiner}
+        self.digest = "".join(name + weights_digest(model) for name, model in models.items() if model is not None)
 
     def key(self, size: Size) -> dict:
         config = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
         name = f"{type(self.pipe.scheduler).__name__} {_digest(json.dumps(config, sort_keys=True).encode())}"
-        noise = "nested" if self.nested_noise else "plain"
-        return {"weights": self.digest, "steps": self.steps, "scheduler": name, "noise": noise, **self.options}
+        return {"weights": self.digest, "scheduler": name, **self.options}
 
     def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
         """(n, h, w, c) uint8."""
         height, width = size
         classes = self.pipe.unet.config.num_class_embeds
         images = self.pipe(
-            batch_size=len(indices), height=height, width=width, num_inference_steps=self.steps,
-            class_labels=[seed % classes for seed in indices] if classes else None, nested_noise=self.nested_noise,
+            batch_size=len(indices), height=height, width=width,
+            class_labels=[seed % classes for seed in indices] if classes else None,
             generator=[torch.Generator().manual_seed(seed) for seed in indices], output_type="latent", **self.options,
         ).images  # fmt: skip
         if not images.isfinite().all():
