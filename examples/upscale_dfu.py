@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 from diffusers.utils.torch_utils import get_device
-from PIL import Image, ImageOps
 
 from dfu_diffusers import DFUSuperResolutionPipeline
 from dfu_diffusers.command_line import DTYPES, SCHEDULERS, check_model_and_seed, usable_device
-from dfu_diffusers.pipelines.images import MODES
+from dfu_diffusers.decode import open_picture
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 
@@ -66,10 +65,9 @@ def main(argv=None) -> list[Path]:
         pipe = DFUSuperResolutionPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
         if args.scheduler:
             pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
-        mode = MODES.get((pipe.refiner or pipe.unet).config.in_channels)
         for path in args.images:
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert(mode)
+            with open_picture(path) as image:
+                image = image.copy()
             (result,) = pipe(
                 image,
                 height=args.height,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from test_decode import COLOURS_OF_MODES
 from torch.utils.data import DataLoader
 
 from benchmarks import bench_data
@@ -23,6 +24,7 @@ from dfu_diffusers.data.dataset import ImageDataset
 from dfu_diffusers.data.folders import load_table
 from dfu_diffusers.data.images import UnusableImage, read_image, read_size
 from dfu_diffusers.data.streams import ImageStream, ignore_signals
+from dfu_diffusers.decode import FORMATS
 
 datasets = pytest.importorskip("datasets")
 
@@ -87,6 +89,7 @@ FAULTS = {
     "text.jpg": b"no image at all",
     "cut_header.png": encode(Image.fromarray(COLOURS))["bytes"][:20],
     "bomb.pgm": b"P5 60000 60000 255\n",  # a header that promises 60000 x 60000 pixels
+    "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",  # Pillow would start Ghostscript for it
 }
 
 
@@ -211,31 +214,22 @@ def one_pixel(mode, colour) -> dict:
     return encode(Image.new(mode, (3, 2), colour), "TIFF" if mode in ("CMYK", "I", "F", "I;16B") else "PNG")
 
 
-@pytest.mark.parametrize(
-    "mode, colour, rgb",
-    [
-        ("1", 1, (255, 255, 255)),
-        ("L", 77, (77, 77, 77)),
-        ("RGB", (10, 20, 30), (10, 20, 30)),
-        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
-        ("P", 0, (0, 0, 0)),
-        ("I;16", 65535, (255, 255, 255)),
-        ("I;16", 257 * 100 + 128, (100, 100, 100)),
-        ("I;16", 257 * 100 + 129, (101, 101, 101)),
-        ("I;16", 127, (0, 0, 0)),
-        ("I;16B", 257 * 3, (3, 3, 3)),
-        ("I", 257 * 200, (200, 200, 200)),
-        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
-        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
-        ("RGBA", (0, 100, 255, 51), (204, 224, 255)),
-        ("LA", (0, 0), (255, 255, 255)),
-        ("LA", (50, 255), (50, 50, 50)),
-    ],
-)
+@pytest.mark.parametrize("mode, colour, rgb", COLOURS_OF_MODES)
 def test_pixels_of_every_mode(mode, colour, rgb):
     record = one_pixel(mode, colour)
     assert read_image(record, "RGB").getpixel((1, 1)) == rgb
     assert read_image(record, "L").getpixel((1, 1)) == Image.new("RGB", (1, 1), rgb).convert("L").getpixel((0, 0))
+
+
+def test_pillow_opens_no_other_formats(tmp_path):
+    """The formats that docs/train.md names are read, and no others, whatever a file is called."""
+    for format in FORMATS:
+        if format in Image.SAVE:
+            assert read_size(encode(Image.new("RGB", (4, 3)), format)) == (3, 4), format
+    for format in ("EPS", "PDF", "PCX", "TGA", "ICO", "JPEG2000"):
+        Image.new("RGB", (16, 16)).save(tmp_path / "photo.jpg", format)
+        with pytest.raises(UnusableImage, match="photo.jpg: empty, or no image of type AVIF, BMP, .*WEBP"):
+            read_image({"path": str(tmp_path / "photo.jpg"), "bytes": None}, "RGB")
 
 
 def test_a_transparent_colour_is_white():
@@ -392,7 +386,7 @@ def test_unreadable_headers_are_left_out_by_name(tmp_path, open_folder, caplog):
     for name, content in FAULTS.items():
         (tmp_path / "photos" / name).write_bytes(content)
     dataset = ImageDataset(open_folder())
-    assert len(dataset) == 3 and "4 of 7 images are left out" in caplog.text
+    assert len(dataset) == 3 and "5 of 8 images are left out" in caplog.text
     assert all(name in caplog.text for name in FAULTS)
     assert numbers_of(torch.stack([dataset[i, (4, 4)]["image"] for i in range(3)])) == [0, 1, 2]
 

@@ -40,8 +40,9 @@ def imports(path: Path) -> set[str]:
 ARROWS = {
     "models": set(),
     "schedulers": set(),
-    "pipelines": {"models", "schedulers"},
-    "data": {"files"},
+    "pipelines": {"models", "schedulers", "decode"},
+    "data": {"files", "decode"},
+    "decode": set(),
     "files": set(),
     "command_line": {"schedulers", "data"},
     "training": {"models", "schedulers", "pipelines", "data", "files"},

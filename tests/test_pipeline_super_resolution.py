@@ -229,12 +229,6 @@ def test_grey_images():
     assert read_images(palette, 3).shape == (1, 3, 2, 3)
 
 
-@pytest.mark.parametrize("mode, channels", [("RGBA", 3), ("RGB", 1), ("CMYK", 3), ("I;16", 3), ("RGB", 4)])
-def test_modes_that_would_lose_something(mode, channels):
-    with pytest.raises(ValueError, match=rf"`image` is of mode {mode}, but the model's images have {channels} chan"):
-        read_images(Image.new(mode, (4, 4)), channels)
-
-
 # --- The script ---
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..decode import FORMATS, convert_picture, open_picture
+
 CHANNELS = {"L": 1, "RGB": 3}
 SmallImages = Literal["fail", "skip", "upscale"]
 
@@ -29,10 +31,11 @@ def read_image(record: dict | None, mode: str) -> Image.Image:
     """The picture of a record {"path": ..., "bytes": ...} in Pillow mode "L" or "RGB", upright and opaque.
 
     Raises:
-        UnusableImage: it is missing, empty, damaged, no image, larger than Pillow's limit against decompression bombs
-            (twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 megapixels), or has numbers without a stated range.
+        UnusableImage: it is missing, empty, damaged, not of one of `dfu_diffusers.decode.FORMATS`, larger than
+            Pillow's limit against decompression bombs (twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 megapixels), or has
+            numbers without a stated range.
     """
-    return _with_image(record, lambda image: _upright_picture(image, mode))
+    return _with_image(record, lambda image: convert_picture(image, mode))
 
 
 def read_size(record: dict | None) -> tuple[int, int]:
@@ -44,7 +47,7 @@ def _with_image(record: dict | None, function: Callable):
     record = _fetch(record)
     name = record["path"] if record else None
     try:
-        with _open(record) as file, Image.open(file) as image:
+        with _open(record) as file, open_picture(file) as image:
             return function(image)
     except Exception as error:  # Pillow's readers fail on damaged files in every way that Python has
         raise UnusableImage(name, _reason(error)) from error
@@ -69,7 +72,7 @@ def _open(record: dict | None):
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text has the address of a buffer
-        return "empty, or no image"
+        return f"empty, or no image of type {', '.join(FORMATS)}"
     if isinstance(error, FileNotFoundError) and error.strerror:
         return "no such file"
     return str(error) or type(error).__name__
@@ -81,22 +84,6 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     # The method of the base class: that of PNG files would decode the picture to look for EXIF data behind it.
     turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
     return image.size if turned else image.size[::-1]
-
-
-def _upright_picture(image: Image.Image, mode: str) -> Image.Image:
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no stated range: store them in 8 or 16 bit")
-    if image.mode.startswith("I"):  # 16 bit, which Pillow's own conversion clips at 255
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"32-bit pixels, {pixels.min()} to {pixels.max()}: store them in 8 or 16 bit")
-        image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
 
 
 class _Framing(NamedTuple):

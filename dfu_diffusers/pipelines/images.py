@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..decode import convert_picture
 from .checks import _is_number
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
@@ -16,11 +17,13 @@ def read_images(images, channels: int, name: str = "image") -> torch.Tensor:
     Args:
         images: a PIL image; an array (H, W), (H, W, channels) or (batch, H, W, channels); a tensor (H, W), (channels,
             H, W) or (batch, channels, H, W); or a list of these. Arrays and tensors hold bytes, or floats in [0, 1].
-        channels: how many to expect. Pillow's grey images become RGB; nothing else is converted.
+        channels: how many to expect. PIL images are converted as in training (`convert_picture`): upright, 16 bits
+            scaled to 8, and laid over white where they are transparent, unless the model has four channels.
         name: of the argument, for messages.
 
     Raises:
-        ValueError, TypeError: other channels, sizes that differ, no pixels, values outside [0, 1].
+        ValueError, TypeError: other channels, sizes that differ, no pixels, values outside [0, 1], PIL images whose
+            values have no stated range.
     """
     batches = [_read(part, channels, name) for part in (images if isinstance(images, (list, tuple)) else [images])]
     sizes = sorted({f"{batch.shape[-2]}x{batch.shape[-1]}" for batch in batches})
@@ -32,9 +35,25 @@ def read_images(images, channels: int, name: str = "image") -> torch.Tensor:
     return torch.cat(batches)
 
 
+def read_mask(masks) -> torch.Tensor:
+    """Masks in the forms of `read_images` as (batch, 1, H, W) float32 in [0, 1]; colours count by their luminance.
+
+    Raises:
+        ValueError, TypeError: as `read_images`, and masks that are transparent somewhere.
+    """
+    for mask in masks if isinstance(masks, (list, tuple)) else [masks]:
+        if isinstance(mask, Image.Image) and mask.has_transparency_data:
+            if mask.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                raise ValueError(
+                    "`mask_image` is transparent somewhere, which says neither to keep nor to repaint: draw it in "
+                    'black and white, or pass its own transparency, `mask.getchannel("A")`.'
+                )
+    return read_images(masks, 1, "mask_image")
+
+
 def _read(image, channels: int, name: str) -> torch.Tensor:
     if isinstance(image, Image.Image):
-        image = np.array(_in_mode(image, channels, name))
+        image = _pixels(image, channels, name)
     if isinstance(image, np.ndarray):
         image = np.ascontiguousarray(image[..., None] if image.ndim == 2 else image)  # torch knows no negative strides
         image = torch.from_numpy(image).movedim(-1, -3)
@@ -51,8 +70,11 @@ def _read(image, channels: int, name: str) -> torch.Tensor:
     if batch.dtype == torch.uint8:
         return batch.float() / 255
     if not (batch.is_floating_point() or batch.dtype == torch.bool):
-        raise TypeError(f"`{name}` must hold bytes (uint8) or floats in [0, 1], but holds {batch.dtype}: convert it.")
-    if not (batch.min() >= 0 and batch.max() <= 1):  # so said, NaN is caught, too
+        raise TypeError(
+            f"`{name}` must hold bytes (uint8) or floats in [0, 1], but holds {batch.dtype}: divide it by the value "
+            "of white."
+        )
+    if not (batch.min() >= 0 and batch.max() <= 1):  # this form also rejects NaN
         raise ValueError(
             f"`{name}` must hold floats in [0, 1], but they reach from {batch.min():.4g} to {batch.max():.4g}, or are "
             "not all numbers: scale them."
@@ -60,17 +82,14 @@ def _read(image, channels: int, name: str) -> torch.Tensor:
     return batch.float()
 
 
-def _in_mode(image: Image.Image, channels: int, name: str) -> Image.Image:
-    """Pillow's mode for so many channels, if getting there loses nothing."""
-    mode = MODES.get(channels)
-    if image.mode == mode or mode is None:
-        return image
-    if image.mode in ("1", "L") or (image.mode == "P" and mode == "RGB" and "transparency" not in image.info):
-        return image.convert(mode)
-    raise ValueError(
-        f"`{name}` is of mode {image.mode}, but the model's images have {channels} channels, mode {mode}: "
-        f'`convert("{mode}")` it, which may lose something.'
-    )
+def _pixels(image: Image.Image, channels: int, name: str) -> np.ndarray:
+    """(H, W) or (H, W, channels) uint8."""
+    if channels not in MODES:
+        return np.array(image)
+    try:
+        return np.array(convert_picture(image, MODES[channels]))
+    except ValueError as error:
+        raise ValueError(f"`{name}` cannot be read, mode {image.mode}: {error}, or pass an array.") from error
 
 
 def middle_of_schedule(scheduler, num_inference_steps: int, strength: float, device) -> torch.Tensor:

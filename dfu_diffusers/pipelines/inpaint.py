@@ -17,7 +17,7 @@ from diffusers import ImagePipelineOutput
 from PIL import Image
 
 from .dfu import DFUPipeline, Run
-from .images import middle_of_schedule, read_images
+from .images import middle_of_schedule, read_images, read_mask
 
 SWEEPS = 10  # over each grid of a `HarmonicInterpolation`
 
@@ -211,9 +211,7 @@ def _halve(x: torch.Tensor) -> torch.Tensor:
 
 def _read_mask(mask, image: torch.Tensor) -> torch.Tensor:
     """(1 or batch, 1, H, W) booleans, true where to repaint `image` (batch, channels, H, W)."""
-    masks = mask if isinstance(mask, (list, tuple)) else [mask]
-    masks = [each.convert("L") if isinstance(each, Image.Image) else each for each in masks]
-    mask = read_images(masks, 1, "mask_image")
+    mask = read_mask(mask)
     if mask.shape[-2:] != image.shape[-2:] or len(mask) not in (1, len(image)):
         raise ValueError(
             f"`mask_image` must be one mask, or one for each of the {len(image)} images, of their size "
