@@ -183,7 +183,9 @@ which another artist drew, are left out. Classes are ranges of code points.
 | class | train | validation |
 |---|---|---|
 """
-    write_card(folder, "Fluent emoji, 3D", "mit", text + "\n".join(rows), f"npm package {EMOJI_PACKAGE}", archive)
+    write_card(
+        folder, "Fluent emoji, 3D", "license: mit", text + "\n".join(rows), f"npm package {EMOJI_PACKAGE}", archive
+    )
     return f"{len(drawings)} emoji"
 
 
@@ -263,7 +265,9 @@ training, {held} for validation. Holders and licences as in the package's copyri
 | copyright | licence | comment | pictures |
 |---|---|---|---|
 """
-    write_card(folder, "Landscapes", "other", text + "\n".join(rows), f"Debian package {LANDSCAPES_PACKAGE}", archive)
+    # without drop_labels, `datasets` would take the names of the splits for labels
+    metadata = "license: other\nconfigs:\n- config_name: default\n  drop_labels: true"
+    write_card(folder, "Landscapes", metadata, text + "\n".join(rows), f"Debian package {LANDSCAPES_PACKAGE}", archive)
     return f"{len(credited)} landscapes"
 
 
@@ -363,11 +367,11 @@ def held_out(names: Iterable[str]) -> set[str]:
     return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[::HELD_OUT])
 
 
-def write_card(folder: Path, title: str, license: str, text: str, package: str, archive: Path) -> None:
+def write_card(folder: Path, title: str, metadata: str, text: str, package: str, archive: Path) -> None:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     card = f"""---
-license: {license}
 pretty_name: {title}
+{metadata}
 ---
 
 # {title}

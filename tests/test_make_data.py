@@ -154,7 +154,7 @@ def test_emoji_are_read_by_the_trainer_and_by_datasets(tmp_path):
     assert {name: len(split) for name, split in splits.items()} == {"train": 16, "validation": 4}
     assert splits["validation"].features["label"].names == ["animals", "faces"]
     text = (tmp_path / "emoji" / "README.md").read_text()
-    assert text.startswith("---\nlicense: mit\n") and "@lobehub/fluent-emoji-3d@1.1.0" in text
+    assert "\nlicense: mit\n---\n" in text and "@lobehub/fluent-emoji-3d@1.1.0" in text
     assert "| animals | 8 | 2 |" in text and "Microsoft" in text
 
 
@@ -172,6 +172,7 @@ def landscapes(tmp_path):
 
 
 def test_landscapes(landscapes):
+    datasets = pytest.importorskip("datasets")
     made = run(landscapes, "landscapes")
     stems = {Path(name).stem for name in made if name.endswith(".jpg")}
     assert stems == {"hill1", "hill10-ann", "sea1", "fog0", "beach2-ann"} and len(made) == 6
@@ -184,6 +185,11 @@ def test_landscapes(landscapes):
     assert "| Various | public-domain | Taken from a collection of photographs in the public domain. | fog0 |" in text
     assert "| Others | public-domain |  | hill1, sea1 |" in text and "endless-sky-data=0.9.8-1.2" in text
     assert len(load_table(data_dir=landscapes / "landscapes" / "train", cache_dir=landscapes / "cache")) == 4
+    splits = datasets.load_dataset(str(landscapes / "landscapes"), cache_dir=str(landscapes / "cache"))
+    assert {name: (len(split), list(split.features)) for name, split in splits.items()} == {
+        "train": (4, ["image"]),
+        "validation": (1, ["image"]),
+    }
 
 
 def test_landscapes_in_the_public_domain(landscapes):
