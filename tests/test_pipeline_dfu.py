@@ -692,7 +692,7 @@ def test_tileable(make_pipe, strategy):
 def test_fixed_levels(make_pipe, strategy):
     """The models' context, of the size in the picture's shape that fits into `sample_size`; none within it."""
     pipe = make_pipe(sample_size=8)
-    options = dict(num_inference_steps=2, strategy=strategy)
+    options = dict(num_inference_steps=3, strategy=strategy, cascade_sigma=20.0)
     plain, fixed = (sample(pipe, height=12, width=24, fixed_levels=on, **options) for on in (False, True))
     with pipe.unet.use_fixed_levels((4, 8)):
         assert_near(sample(pipe, height=12, width=24, **options), fixed)
