@@ -31,19 +31,20 @@ def batches(schedule):
 
 @pytest.mark.parametrize("max_pixels", [None, 200, 64])
 def test_steps_equal_a_textbook_loop(make_model, max_pixels):
-    """Adam on the gradient of the mean loss of all images, clipped; whole batches against micro-batches. In float64,
-    since Adam turns the rounding of a gradient that should be zero into a step."""
+    """A step on the gradient of the mean loss of all images, clipped; whole batches against micro-batches. In float64
+    but for noise levels, which are float32. By SGD: Adam would turn the rounding of a small gradient into a step."""
     model = make_model().double()
     textbook = copy.deepcopy(model)
     accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler, schedule = EDMHeunScheduler(), sampler(max_pixels=max_pixels)
     model, optimizer = accelerator.prepare(model, optimizer)
     step = TrainingStep(
         accelerator, model, optimizer, TrainingLoss(model, scheduler), schedule, batches(schedule), max_grad_norm=0.5
     )
 
-    adam, loss_of = torch.optim.Adam(textbook.parameters(), lr=1e-2), TrainingLoss(textbook, scheduler)
+    sgd = torch.optim.SGD(textbook.parameters(), lr=0.1, momentum=0.9)
+    loss_of = TrainingLoss(textbook, scheduler)
     for number in range(4):
         loss, norm, value = step(number, value=0.25)
         (draws,) = sampler().micro_batches(number)
@@ -55,12 +56,12 @@ def test_steps_equal_a_textbook_loop(make_model, max_pixels):
         scale = min(1, 0.5 / (gradient.norm().item() + 1e-6))
         for p in textbook.parameters():
             p.grad *= scale
-        adam.step(), adam.zero_grad()
-        assert loss == pytest.approx(expected.item(), rel=1e-6)
-        assert norm == pytest.approx(gradient.norm().item(), rel=1e-6)
+        sgd.step(), sgd.zero_grad()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-5)
         assert value == 0.25
     for ours, theirs in zip(model.parameters(), textbook.parameters()):
-        assert torch.allclose(ours, theirs, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_averages_are_saved_and_loaded_whole(make_model, tmp_path):

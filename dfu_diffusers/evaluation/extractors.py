@@ -299,7 +299,7 @@ class EfficientNetExtractor(Extractor):
     """EfficientNet-Lite0 trained on ImageNet: the 1280 channels of its last map, averaged over all places.
 
     It sees pictures of 224 px. Of larger ones it misses the finest detail: score crops at the native scale as well, as
-    `dfu_diffusers.evaluation.metrics.random_patches` cuts them. The network is not Inception, and distances are not "FID".
+    `metrics.random_patches` cuts them. The network is not Inception, and distances are not "FID".
     """
 
     SIDE = 224
