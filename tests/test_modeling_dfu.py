@@ -58,9 +58,9 @@ def test_boundaries_of_symbolic_sizes(make_model, monkeypatch, size):
     expected = model(x, 0.1).sample
     for module in (resampling, spectral):
         monkeypatch.setattr(module, "_is_symbolic", lambda *sizes: True)
-    _cached_fourier_matrices.cache_clear()
+    _cached_fourier_matrices.clear()
     assert_near(model(x, 0.1).sample, expected)
-    _cached_fourier_matrices.cache_clear()
+    _cached_fourier_matrices.clear()
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_fake_and_meta_tensors_leave_nothing_behind(make_model):
     """Whoever plans memory with them must not spoil the cached matrices of later calls."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    _cached_fourier_matrices.cache_clear()
+    _cached_fourier_matrices.clear()
     model, x = make_model(), draw(1, 3, 9, 14)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert model(mode.from_tensor(x), 0.1).sample.shape == x.shape
