@@ -427,6 +427,9 @@ def test_float8_storage(pipe):
     expected = sample(pipe)
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert relative_error(sample(pipe), expected) < 0.5
+    weights = dict(pipe.unet.named_parameters())
+    assert weights["down_blocks.0.conv1.spectral.weight"].dtype == torch.float8_e4m3fn  # as torch's own layers
+    assert weights["conv_out.spectral.weight"].dtype == torch.float32  # which decides on the result
 
 
 def test_components_and_offload_attributes(pipe):

@@ -32,10 +32,11 @@ class TensorCache:
                 return self._results[key]
         with torch.inference_mode(False):  # a tensor made in inference mode could never serve training
             result = self.function(*key)
-        with self._lock:
-            self._results[key] = result
-            while self.bytes > self.max_bytes:
-                self._results.popitem(last=False)
+        if _bytes(result) <= self.max_bytes:
+            with self._lock:
+                self._results[key] = result
+                while self.bytes > self.max_bytes:
+                    self._results.popitem(last=False)
         return result
 
     @property
