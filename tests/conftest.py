@@ -7,7 +7,7 @@ import pytest
 import torch
 from sampling import silent
 
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on tensors this small one is far faster than two
 
@@ -30,6 +30,17 @@ def make_model():
             attention_levels=(1,), dropout=0.0,
         )  # fmt: skip
         return redraw(DFUModel(**{**config, **overrides})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_refiner():
+    """Factory of tiny refiners in eval mode, `overrides` replacing constructor arguments."""
+
+    def make(**overrides) -> DFURefiner:
+        config = dict(hidden_channels=8, num_layers=1, sample_size=16, coarse_size=4)
+        return redraw(DFURefiner(**{**config, **overrides})).eval()
 
     return make
 

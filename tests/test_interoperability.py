@@ -303,9 +303,9 @@ def test_branch_for_symbolic_sizes(make_model, monkeypatch, conv_type, size):
     expected = model(x, 0.1).sample
     for module in (resampling, spectral):
         monkeypatch.setattr(module, "_is_symbolic", lambda *sizes: True)
-    spectral._cached_fourier_matrices.cache_clear()
+    spectral._cached_fourier_matrices.clear()
     assert_near(model(x, 0.1).sample, expected)
-    spectral._cached_fourier_matrices.cache_clear()
+    spectral._cached_fourier_matrices.clear()
 
 
 def test_symbolic_resizing_at_all_sizes():

@@ -315,7 +315,7 @@ def test_gradients():
 @pytest.mark.parametrize("context", ["inference_mode", "grad", "jvp", "vmap"])
 def test_cached_matrices_serve_later_calls(context):
     layer, x = spectral(2, 3, 2), draw(1, 2, 6, 5)
-    _cached_fourier_matrices.cache_clear()
+    _cached_fourier_matrices.clear()
     if context == "inference_mode":
         with torch.inference_mode():
             first = layer(x)

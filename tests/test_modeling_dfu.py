@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,9 @@ def test_boundaries_of_symbolic_sizes(make_model, monkeypatch, size):
     expected = model(x, 0.1).sample
     for module in (resampling, spectral):
         monkeypatch.setattr(module, "_is_symbolic", lambda *sizes: True)
-    _cached_fourier_matrices.cache_clear()
+    _cached_fourier_matrices.clear()
     assert_near(model(x, 0.1).sample, expected)
-    _cached_fourier_matrices.cache_clear()
+    _cached_fourier_matrices.clear()
 
 
 @pytest.mark.slow
@@ -285,7 +286,7 @@ def test_fake_and_meta_tensors_leave_nothing_behind(make_model):
     """Whoever plans memory with them must not spoil the cached matrices of later calls."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    _cached_fourier_matrices.cache_clear()
+    _cached_fourier_matrices.clear()
     model, x = make_model(), draw(1, 3, 9, 14)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert model(mode.from_tensor(x), 0.1).sample.shape == x.shape
@@ -301,6 +302,13 @@ def test_without_augment_labels_their_weights_still_get_a_gradient(make_model):
     assert_near(model(x, 0.1).sample, model(x, 0.1, augment_labels=torch.zeros(2, 9)).sample)
     model(x, 0.1).sample.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_and_timesteps_of_other_types(make_model, dtype):
+    model, x = make_model(num_class_embeds=3), draw(2, 3, 5, 6)
+    expected = model(x, -0.5, torch.tensor([0, 2])).sample
+    assert torch.equal(model(x, np.float32(-0.5), torch.tensor([0, 2], dtype=dtype)).sample, expected)
 
 
 X = torch.zeros(2, 3, 8, 8)
@@ -323,6 +331,7 @@ LABELS = torch.tensor([0, 2])
         ("classes", dict(class_labels=LABELS[:1]), ValueError, ["2 integers", "(1,)"]),
         ("classes", dict(class_labels=LABELS[:, None]), ValueError, ["2 integers", "(2, 1)"]),
         ("classes", dict(class_labels=LABELS.float()), ValueError, ["integers", "float32"]),
+        ("classes", dict(class_labels=LABELS.bool()), ValueError, ["2 integers", "torch.bool"]),
         ("classes", dict(class_labels=LABELS + 1), ValueError, ["[0, 3)", "[1, 3]"]),
         ("classes", dict(class_labels=LABELS - 1), ValueError, ["[0, 3)", "[-1, 1]"]),
         ("classes", dict(class_labels=[0, 1]), TypeError, ["class_labels", "tensor", "list"]),

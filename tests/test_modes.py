@@ -2,6 +2,7 @@
 """The nested spaces of modes against direct sums in float64."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from conftest import draw
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dfu_diffusers.models import modes, spectral
+from dfu_diffusers.models.cache import TensorCache
 from dfu_diffusers.models.modes import (
     beyond,
     from_modes,
@@ -110,3 +113,32 @@ def test_octaves_at_most_double_and_end_at_the_size(size):
         assert all(b == min(2 * a, n) for a, b, n in zip(before, after, size))
     assert all(16 * 2**j in (max(each), min(each)) or j == 0 or each[0] in size or each[1] in size
                for j, each in enumerate(sizes))  # fmt: skip
+
+
+def test_a_cache_is_bounded_by_bytes():
+    calls = []
+    cache = TensorCache(lambda *key: calls.append(key) or (torch.zeros(*key), 7), max_bytes=100)
+    assert cache(10) is cache(10) and cache.bytes == 40
+    assert cache(12) is cache(12) and cache(10) is cache(10) and cache.bytes == 88
+    cache(4)  # in place of what was used longest ago
+    assert cache.bytes == 56 and calls == [(10,), (12,), (4,)]
+    assert cache(26)[0].shape == (26,) and cache.bytes == 56  # too large to be kept
+    cache.clear()
+    with torch.inference_mode():
+        assert not cache(5)[0].is_inference()
+    for each in (modes._cached_basis, spectral._cached_fourier_matrices):
+        assert isinstance(each, TensorCache) and each.max_bytes <= 2**29
+
+
+def test_a_cache_serves_threads():
+    cache, results = TensorCache(lambda n: torch.arange(n), max_bytes=200), []
+
+    def work():
+        results.extend(torch.equal(cache(n), torch.arange(n)) for _ in range(50) for n in range(1, 20))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 * 50 * 19 and all(results) and cache.bytes <= 200

@@ -1,27 +1,33 @@
-"""What every pipeline promises: types, seeds, batches, callbacks, offload, dtypes, saved folders, and errors."""
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What every pipeline promises, with a refiner and without: types, seeds, batches, callbacks, offload, dtypes,
+threads, saved folders, and errors."""
 
+import contextlib
 import json
+import math
+import threading
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    ImagePipelineOutput,
-)
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput
 from diffusers.utils import dynamic_modules_utils
-from sampling import assert_near, silent
+from sampling import assert_near, relative_error, silent, spy
 
-from dfu_diffusers import DFUInpaintPipeline, DFUModel, DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
+from dfu_diffusers import (
+    DFUInpaintPipeline,
+    DFUModel,
+    DFUPipeline,
+    DFURefiner,
+    DFUSuperResolutionPipeline,
+    EDMHeunScheduler,
+)
 
 PIPELINES = [DFUPipeline, DFUSuperResolutionPipeline, DFUInpaintPipeline]
-FROM_IMAGES = PIPELINES[1:]
-SIZE = (7, 10)  # of all results
+SIZE = (7, 10)  # of all results; a refiner makes it of 4x4 by way of 7x8, or of a given 4x6 in one octave
+STEPS = 4  # of `unet`, and of the refiner in each octave
 
-from_images = pytest.mark.parametrize("pipeline_class", FROM_IMAGES, ids=lambda cls: cls.__name__)
+from_images = pytest.mark.parametrize("pipeline_class", PIPELINES[1:], ids=lambda cls: cls.__name__)
 
 
 @pytest.fixture(params=PIPELINES, ids=lambda cls: cls.__name__)
@@ -29,12 +35,23 @@ def pipeline_class(request):
     return request.param
 
 
-@pytest.fixture
-def make(make_model, pipeline_class):
-    """Factory of tiny silent pipelines; keyword arguments are the model's."""
+@pytest.fixture(params=[False, True], ids=["alone", "refined"])
+def refined(request):
+    return request.param
 
-    def make(scheduler=None, **overrides):
-        return silent(pipeline_class(make_model(**overrides), scheduler or EDMHeunScheduler()))
+
+@pytest.fixture
+def make(make_model, make_refiner, pipeline_class, refined):
+    """Factory of tiny silent pipelines; keyword arguments are those of `unet`, which super-resolution with a refiner
+    does not need."""
+
+    def make(scheduler=None, channels=3, **overrides):
+        channels = dict(in_channels=channels, out_channels=channels)
+        unet = make_model(**channels, sample_size=4 if refined else 16, **overrides)
+        refiner = make_refiner(in_channels=channels["in_channels"]) if refined else None
+        if refined and pipeline_class is DFUSuperResolutionPipeline:
+            unet = None
+        return silent(pipeline_class(unet, scheduler or EDMHeunScheduler(), refiner=refiner))
 
     return make
 
@@ -49,39 +66,44 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def inputs(pipeline_class, pictures) -> dict:
+def inputs(pipe, pictures) -> dict:
     """What each pipeline needs to make so many images of SIZE; number i always from the same picture."""
     height, width = SIZE
-    if pipeline_class is DFUPipeline:
+    if type(pipe).__name__ == "DFUPipeline":
         return dict(batch_size=len(pictures), height=height, width=width)
-    sides = (4, 6) if pipeline_class is DFUSuperResolutionPipeline else SIZE
-    image = torch.cat([torch.rand(1, 3, *sides, generator=seeded(100 + i)[0]) for i in pictures])
+    enlarges = type(pipe).__name__ == "DFUSuperResolutionPipeline"
+    sides = (4, 6) if enlarges else SIZE
+    image = torch.cat([torch.rand(1, pipe._channels, *sides, generator=seeded(100 + i)[0]) for i in pictures])
     image = 0.4 + 0.2 * image  # tame enough to be the averages of a larger image
-    if pipeline_class is DFUSuperResolutionPipeline:
+    if enlarges:
         return dict(image=image, height=height, width=width, strength=0.75)
     mask = torch.zeros(SIZE)
     mask[2:6, 3:9] = 1
-    return dict(image=image, mask_image=mask, strength=0.75)
+    return dict(image=image, mask_image=mask, strength=0.75 if pipe.refiner is None else 1.0)
 
 
 def sample(pipe, pictures=(0,), **kwargs):
     """The raw samples of a short run, picture i from seed i."""
-    defaults = {"generator": seeded(*pictures), "num_inference_steps": 4, "output_type": "latent"}
-    return pipe(**{**inputs(type(pipe), pictures), **defaults, **kwargs}).images
+    defaults = {"generator": seeded(*pictures), "num_inference_steps": STEPS, "octave_steps": STEPS}
+    return pipe(**{**inputs(pipe, pictures), **defaults, "output_type": "latent", **kwargs}).images
 
 
 def calls(pipe):
-    """Network calls of `sample`: all of 4 Heun steps, or the last 3, which begin at an image."""
-    return 7 if type(pipe) is DFUPipeline else 5
+    """Network calls of `sample`: seven for four Heun steps, or five for the last three, which begin at an image."""
+    enlarges = type(pipe) is DFUSuperResolutionPipeline
+    if pipe.refiner is None:
+        return 7 if type(pipe) is DFUPipeline else 5
+    return 7 if enlarges else 7 + 2 * 7
 
 
-def spy(module, record):
-    """Call `record(sample, timestep, class_labels)` before each evaluation of the network."""
-    return module.register_forward_pre_hook(lambda _, args: record(*args))
-
-
-def relative_error(x, reference) -> float:
-    return ((x - reference).norm() / reference.norm()).item()
+@contextlib.contextmanager
+def spy_all(pipe, record):
+    """Call `record(sample, timestep, ...)` before each evaluation of any network."""
+    with contextlib.ExitStack() as stack:
+        for model in (pipe.unet, pipe.refiner):
+            if model is not None:
+                stack.enter_context(spy(model, record))
+        yield
 
 
 # --- Results ---
@@ -89,7 +111,7 @@ def relative_error(x, reference) -> float:
 
 def test_output_types_show_the_same_image(pipe):
     raw = sample(pipe, (0, 1))
-    assert raw.shape == (2, 3, *SIZE) and raw.dtype == torch.float32
+    assert raw.shape == (2, 3, *SIZE) and raw.dtype == torch.float32 and not raw.requires_grad
     pt = sample(pipe, (0, 1), output_type="pt")
     assert pt.shape == (2, 3, *SIZE) and pt.min() >= 0 and pt.max() <= 1
     array = sample(pipe, (0, 1), output_type="np")
@@ -98,22 +120,21 @@ def test_output_types_show_the_same_image(pipe):
     for image, values in zip(sample(pipe, (0, 1), output_type="pil"), array):
         assert (image.mode, image.size) == ("RGB", SIZE[::-1])
         np.testing.assert_array_equal(np.asarray(image), (values * 255).round().astype(np.uint8))
+    if type(pipe) is DFUPipeline:  # the others move samples before they become pixels
+        torch.testing.assert_close(pt, (raw / 2 + 0.5).clamp(0, 1))
 
 
 def test_dict_and_tuple(pipe):
-    output = pipe(**inputs(type(pipe), [0]), generator=seeded(0), output_type="pt", num_inference_steps=3)
-    (images,) = pipe(
-        **inputs(type(pipe), [0]), generator=seeded(0), output_type="pt", num_inference_steps=3, return_dict=False
-    )
-    assert isinstance(output, ImagePipelineOutput) and torch.equal(output.images, images)
+    arguments = dict(inputs(pipe, [0]), output_type="pt", num_inference_steps=3)
+    output = pipe(generator=seeded(0), **arguments)
+    in_tuple = pipe(generator=seeded(0), return_dict=False, **arguments)
+    assert isinstance(output, ImagePipelineOutput) and type(in_tuple) is tuple and len(in_tuple) == 1
+    assert torch.equal(output.images, in_tuple[0])
 
 
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (4, "RGBA")])
-def test_other_channels(pipeline_class, make, channels, mode):
-    pipe, arguments = make(in_channels=channels, out_channels=channels), inputs(pipeline_class, [0])
-    if "image" in arguments:
-        arguments["image"] = arguments["image"][:, :1].expand(-1, channels, -1, -1)
-    (image,) = pipe(**arguments, num_inference_steps=2).images
+def test_other_channels(make, channels, mode):
+    (image,) = sample(make(channels=channels), output_type="pil", num_inference_steps=2)
     assert (image.mode, image.size) == (mode, SIZE[::-1])
 
 
@@ -127,27 +148,40 @@ def test_seeds(make, s_churn):
     assert torch.equal(first, sample(pipe, output_type="pt"))
     assert not torch.allclose(first, sample(pipe, output_type="pt", generator=seeded(1)))
     assert_near(sample(pipe, output_type="pt", generator=seeded(0)[0]), first)
+    first, second = sample(pipe, (0, 1), generator=seeded(0)[0])
+    assert not torch.allclose(first, second)
 
 
-@pytest.mark.parametrize("output_type", ["latent", "pt"])
-def test_a_generator_per_image_makes_images_independent(make, output_type):
-    pipe = make(EDMHeunScheduler(s_churn=20))
-    alone = torch.cat([sample(pipe, (i,), output_type=output_type) for i in (3, 4, 5)])
-    together = sample(pipe, (3, 4, 5), output_type=output_type)
-    turned = sample(pipe, (5, 3), output_type=output_type)
+@pytest.mark.parametrize("s_churn", [0.0, 20.0])
+def test_a_generator_per_image_makes_images_independent(make, s_churn):
+    pipe = make(EDMHeunScheduler(s_churn=s_churn))
+    alone = torch.cat([sample(pipe, (i,)) for i in (3, 4, 5)])
+    together, turned = sample(pipe, (3, 4, 5)), sample(pipe, (5, 3))
     assert relative_error(together, alone) < 1e-4 and relative_error(turned, alone[[2, 0]]) < 1e-4
 
 
 def test_max_batch_size_bounds_the_network_and_keeps_the_images(make):
-    pipe = make(num_class_embeds=5)
-    pictures, labels, batches = (0, 1, 2), [4, 0, 2], []
-    whole = sample(pipe, pictures, class_labels=labels)
-    with spy(pipe.unet, lambda x, *_: batches.append(len(x))):
-        parts = sample(pipe, pictures, class_labels=labels, max_batch_size=2)
+    pipe, pictures, batches = make(EDMHeunScheduler(s_churn=20)), (0, 1, 2), []
+    whole = sample(pipe, pictures)
+    with spy_all(pipe, lambda x, *_: batches.append(len(x))):
+        parts = sample(pipe, pictures, max_batch_size=2)
     assert batches == [2, 1] * calls(pipe)
     assert relative_error(parts, whole) < 1e-4
-    one = sample(pipe, (2,), class_labels=2)
-    assert relative_error(parts[2:], one) < 1e-4 and relative_error(sample(pipe, (2,), class_labels=1), one) > 1e-3
+    assert_near(sample(pipe, pictures, max_batch_size=99), whole)
+
+
+def test_classes(make):
+    pipe = make(num_class_embeds=5)
+    if pipe.unet is None:
+        with pytest.raises(ValueError, match="A refiner takes no classes, but got `class_labels` 3: leave them out"):
+            sample(pipe, class_labels=3)
+        return
+    pair = sample(pipe, (0, 1), class_labels=[4, 2], max_batch_size=1)
+    one = sample(pipe, (1,), class_labels=2)
+    assert relative_error(pair[1:], one) < 1e-4 and relative_error(sample(pipe, (1,), class_labels=1), one) > 1e-3
+    for labels in (None, 5, [0, 1]):
+        with pytest.raises(ValueError, match=r"`class_labels` must be one integer in \[0, 5\)"):
+            sample(pipe, class_labels=labels)
 
 
 def test_latents_take_the_place_of_noise(pipe):
@@ -155,29 +189,27 @@ def test_latents_take_the_place_of_noise(pipe):
     kept = noise.clone()
     result = sample(pipe, latents=noise)
     assert torch.equal(noise, kept), "latents were changed in place"
-    assert torch.equal(result, sample(pipe, latents=noise, generator=seeded(5)))
+    assert torch.equal(result, sample(pipe, latents=noise))
+    if pipe.refiner is None:  # whose condition has noise from the generator
+        assert torch.equal(result, sample(pipe, latents=noise, generator=seeded(5)))
     assert not torch.allclose(result, sample(pipe, latents=-noise))
-
-
-def test_no_gradients(pipe):
-    assert not sample(pipe).requires_grad
 
 
 # --- Callbacks and progress ---
 
 
 def test_callback_sees_each_step(pipe, monkeypatch):
-    seen, bars, timesteps = [], [], []
+    seen, bars, timesteps, sizes = [], [], [], []
     progress_bar = pipe.progress_bar
     monkeypatch.setattr(pipe, "progress_bar", lambda total: bars.append(progress_bar(total=total)) or bars[-1])
-    with spy(pipe.unet, lambda x, t, *_: timesteps.append(t)):
-        result = sample(pipe, callback_on_step_end=lambda *args: seen.append(args))
+    with spy_all(pipe, lambda x, t, *_: timesteps.append(t) or sizes.append(x.shape)):
+        result = sample(pipe, callback_on_step_end=lambda *args: seen.append(args) or args[-1])
     assert [step for _, step, _, _ in seen] == list(range(calls(pipe)))
     assert pipe.num_timesteps == bars[0].total == calls(pipe)
     assert torch.equal(torch.stack([t for _, _, t, _ in seen]), torch.stack(timesteps))
     assert all(owner is pipe and set(kwargs) == {"latents"} for owner, _, _, kwargs in seen)
-    last = seen[-1][-1]["latents"]
-    assert last.shape == result.shape and relative_error(last, result) < 1e-5
+    assert [kwargs["latents"].shape for *_, kwargs in seen] == sizes  # in an octave, its detail
+    assert torch.equal(result, sample(pipe)), "handing the latents back must change nothing"
 
 
 def test_callback_replaces_latents(pipe):
@@ -185,16 +217,32 @@ def test_callback_replaces_latents(pipe):
     assert not torch.allclose(changed, sample(pipe))
 
 
+def test_callback_may_ask_for_nothing(pipe):
+    seen = []
+    for nothing in ([], None):
+        sample(
+            pipe,
+            callback_on_step_end=lambda pipe, i, t, kwargs: seen.append(kwargs),
+            callback_on_step_end_tensor_inputs=nothing,
+        )
+    assert seen == [{}] * 2 * calls(pipe)
+
+
+def test_callback_that_returns_no_dict(pipe):
+    with pytest.raises(TypeError, match="`callback_on_step_end` must return a dict or None, but returned 3"):
+        sample(pipe, callback_on_step_end=lambda *args: 3)
+
+
 def test_interrupt_stops_there_and_not_the_next_run(pipe):
     def stop(pipe, i, t, kwargs):
-        pipe._interrupt = True
+        pipe._interrupt = i == 1
 
     count = []
-    with spy(pipe.unet, lambda *_: count.append(1)):
-        sample(pipe, num_inference_steps=10, callback_on_step_end=stop)
-        assert len(count) == 1 and pipe.interrupt
+    with spy_all(pipe, lambda *_: count.append(1)):
+        stopped = sample(pipe, callback_on_step_end=stop)
+        assert len(count) == 2 and pipe.interrupt and stopped.shape == (1, 3, *SIZE)
         sample(pipe)
-    assert len(count) == 1 + calls(pipe) and not pipe.interrupt
+    assert len(count) == 2 + calls(pipe) and not pipe.interrupt
 
 
 # --- Samplers, dtypes and devices ---
@@ -204,17 +252,18 @@ def test_interrupt_stops_there_and_not_the_next_run(pipe):
 def test_stock_schedulers(make, scheduler_class):
     pipe = make(scheduler_class())
     result = sample(pipe)
-    assert pipe.num_timesteps == (calls(pipe) + 1) // 2 and result.isfinite().all()
+    stages = 1 if pipe.refiner is None or pipe.unet is None else 3
+    assert pipe.num_timesteps == (calls(pipe) + stages) // 2 and result.isfinite().all()
     assert torch.equal(result, sample(pipe))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_float32_latents(make, dtype):
-    reference, pipe, seen = sample(make()), make().to(dtype), []
-    with spy(pipe.unet, lambda x, *_: seen.append(x.dtype)):
-        result = sample(pipe, callback_on_step_end=lambda p, i, t, kwargs: seen.append(kwargs["latents"].dtype))
-    assert set(seen) == {dtype, torch.float32}
-    assert result.dtype == torch.float32 and 0 < relative_error(result, reference) < 0.1
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_keeps_float32_latents(make, dtype, tolerance):
+    reference, pipe, seen, latents = sample(make()), make().to(dtype), [], []
+    with spy_all(pipe, lambda x, *_: seen.append(x.dtype)):
+        result = sample(pipe, callback_on_step_end=lambda p, i, t, kwargs: latents.append(kwargs["latents"].dtype))
+    assert set(seen) == {dtype} and set(latents) == {torch.float32}
+    assert result.dtype == torch.float32 and 0 < relative_error(result, reference) < tolerance
 
 
 def test_model_offload(make, monkeypatch):
@@ -224,8 +273,98 @@ def test_model_offload(make, monkeypatch):
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(free()))
     for _ in range(2):
         assert_near(sample(pipe), expected)
-        assert hasattr(pipe.unet, "_hf_hook")
+        assert all(hasattr(model, "_hf_hook") for model in (pipe.unet, pipe.refiner) if model is not None)
     assert len(freed) == 2
+
+
+# --- Nothing leaks ---
+
+
+@pytest.mark.parametrize("default", ["dtype", "device", "deterministic", "inference mode"])
+def test_global_state_changes_no_picture(pipe, default):
+    expected, arguments = sample(pipe), {**inputs(pipe, [0]), "generator": seeded(0)}
+    with contextlib.ExitStack() as stack:
+        if default == "dtype":
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
+        elif default == "device":
+            stack.enter_context(torch.device("meta"))
+        elif default == "deterministic":
+            stack.callback(torch.use_deterministic_algorithms, False)
+            torch.use_deterministic_algorithms(True)
+        else:
+            stack.enter_context(torch.inference_mode())
+        result = pipe(**arguments, num_inference_steps=STEPS, octave_steps=STEPS, output_type="latent").images
+    assert_near(result.clone(), expected)
+
+
+def test_threads_that_share_a_network_each_get_their_own_picture(pipe, pipeline_class):
+    """Two pipelines, each with its own scheduler; one tiles the plane, takes other steps, and fails in the end."""
+    other = silent(pipeline_class(pipe.unet, EDMHeunScheduler(s_churn=5), refiner=pipe.refiner))
+    options = {} if pipeline_class is DFUInpaintPipeline else {"tileable": "x"}
+    runs = [(pipe, {}), (other, dict(options, num_inference_steps=3, octave_steps=3))]
+    expected, results, barrier = [sample(each, **kwargs) for each, kwargs in runs], {}, threading.Barrier(2)
+
+    def work(index):
+        each, kwargs = runs[index]
+        results[index] = [sample(each, **kwargs) for _ in range(3)]
+        if index == 1:
+            with contextlib.suppress(ZeroDivisionError):
+                sample(each, callback_on_step_end=lambda *args: 1 / 0, **kwargs)
+            barrier.wait(300)
+        else:
+            barrier.wait(300)
+            results[index].append(sample(each, **kwargs))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(results[index]) for index in (0, 1)] == [4, 3]
+    for index, images in results.items():
+        for image in images:
+            assert_near(image, expected[index])
+
+
+# --- Nothing silent ---
+
+
+def test_values_that_are_not_finite_are_told_with_the_step(pipe):
+    model = pipe.unet if pipe.unet is not None else pipe.refiner
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match=rf"Network call 1 of {calls(pipe)} gave values that are not finite"):
+        sample(pipe)
+    seen = []
+
+    def poison(module, args, output):
+        seen.append(1)
+        return (output[0] * (math.inf if len(seen) == 3 else 0),)
+
+    with model.register_forward_hook(poison), pytest.raises(ValueError, match="Network call [13] of"):
+        sample(pipe)
+
+
+def test_only_safetensors_are_saved(pipe, tmp_path):
+    for save in (pipe.save_pretrained, (pipe.unet or pipe.refiner).save_pretrained):
+        with pytest.raises(ValueError, match="saves safetensors only, but got safe_serialization=False"):
+            save(tmp_path / "pickles", safe_serialization=False)
+    with pytest.raises(ValueError, match="saves safetensors only"):
+        pipe.push_to_hub("me/pickles", safe_serialization=False)
+    assert not (tmp_path / "pickles").exists()
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor, np.array])
+def test_numbers_of_numpy_and_torch_are_numbers(pipe, pipeline_class, number):
+    integer = torch.tensor if number is torch.tensor else np.int64
+    kwargs = dict(num_inference_steps=integer(STEPS), octave_steps=integer(STEPS), max_batch_size=integer(2))
+    kwargs["guidance_scale"] = number(1.0)
+    if pipeline_class is not DFUPipeline:
+        kwargs["strength"] = number(inputs(pipe, [0])["strength"])
+    if pipeline_class is DFUSuperResolutionPipeline:
+        kwargs["noise_level"] = number(0.0)
+    assert torch.equal(sample(pipe, **kwargs), sample(pipe))
 
 
 # --- Saving, loading and sharing ---
@@ -236,28 +375,37 @@ def test_save_and_load(pipe, pipeline_class, tmp_path):
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == pipeline_class.__name__
     assert not list(tmp_path.rglob("*.py"))
     for loader in (DiffusionPipeline, *PIPELINES):
+        if pipe.unet is None and loader in (DFUPipeline, DFUInpaintPipeline):
+            with pytest.raises(ValueError, match="unet"):
+                loader.from_pretrained(tmp_path)
+            continue
         loaded = silent(loader.from_pretrained(tmp_path))
         assert type(loaded) is (pipeline_class if loader is DiffusionPipeline else loader)
-        assert type(loaded.unet) is DFUModel
+        for name, cls in (("unet", DFUModel), ("refiner", DFURefiner)):
+            assert isinstance(getattr(loaded, name), cls if getattr(pipe, name) is not None else type(None))
         if type(loaded) is pipeline_class:
             assert torch.equal(sample(loaded), sample(pipe))
 
 
-def test_components_are_shared_every_way(pipe, pipeline_class):
+def test_components_are_shared_every_way(pipe, pipeline_class, make_model):
+    if pipe.unet is None:
+        pipe.unet = make_model(sample_size=4)
+    expected = sample(pipe)
     for other in PIPELINES:
         there = other.from_pipe(pipe)
         back = silent(pipeline_class.from_pipe(there))
-        assert type(there) is other and there.unet is back.unet is pipe.unet
-        assert there.scheduler is pipe.scheduler
-        assert torch.equal(sample(back), sample(pipe))
+        assert type(there) is other
+        for name in ("unet", "scheduler", "guide", "refiner"):
+            assert getattr(there, name) is getattr(back, name) is getattr(pipe, name)
+        assert torch.equal(sample(back), expected)
 
 
 def test_shared_weights_keep_their_dtype(make, pipeline_class, recwarn):
     pipe = make().to(torch.bfloat16)
-    assert DFUPipeline.from_pipe(pipe).dtype == pipeline_class.from_pipe(pipe).dtype == torch.bfloat16
-    assert pipe.unet.conv_in.spatial.weight.dtype == torch.bfloat16
+    twin = pipeline_class.from_pipe(pipe)
+    assert twin.dtype == pipe.dtype == torch.bfloat16
     assert not [warning for warning in recwarn if "dtype" in str(warning.message)]
-    assert DFUPipeline.from_pipe(pipe, torch_dtype=torch.float32).dtype == torch.float32
+    assert pipeline_class.from_pipe(pipe, torch_dtype=torch.float32).dtype == torch.float32
 
 
 def test_a_self_contained_folder_brings_all_it_needs(pipe, pipeline_class, tmp_path, monkeypatch):
@@ -265,12 +413,13 @@ def test_a_self_contained_folder_brings_all_it_needs(pipe, pipeline_class, tmp_p
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     folder = tmp_path / "self-contained"
     pipe.save_pretrained(folder, self_contained=True)
-    assert torch.equal(sample(silent(pipeline_class.from_pretrained(folder))), sample(pipe))  # our own classes
+    expected = sample(pipe)
+    assert torch.equal(sample(silent(pipeline_class.from_pretrained(folder))), expected)  # our own classes
     loaded = silent(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True))
-    assert type(loaded).__module__.startswith("diffusers_modules") and type(loaded).__name__ == pipeline_class.__name__
-    arguments = inputs(pipeline_class, [0])
-    images = loaded(**arguments, generator=seeded(0), num_inference_steps=4, output_type="latent").images
-    assert torch.equal(images, sample(pipe))
+    parts = [loaded, *filter(None, (loaded.unet, loaded.refiner, loaded.scheduler))]
+    assert all(type(part).__module__.startswith("diffusers_modules") for part in parts)
+    assert type(loaded).__name__ == pipeline_class.__name__
+    assert torch.equal(sample(loaded), expected)
 
 
 # --- Bad input ---
@@ -281,25 +430,26 @@ def test_a_self_contained_folder_brings_all_it_needs(pipe, pipeline_class, tmp_p
     [
         (dict(num_inference_steps=0), ValueError, "`num_inference_steps` must be an integer of at least 1, but got 0"),
         (dict(num_inference_steps=2.0), TypeError, "`num_inference_steps` must be an integer .* got 2.0"),
+        (dict(octave_steps=0), ValueError, "`octave_steps` must be an integer of at least 1, but got 0"),
+        (dict(octave_steps=None), TypeError, "`octave_steps` must be an integer of at least 1, but got None"),
         (dict(max_batch_size=0), ValueError, "`max_batch_size` must be"),
+        (dict(guidance_scale=math.nan), ValueError, "`guidance_scale` must be a positive number, but got nan"),
+        (dict(guidance_scale=True), TypeError, "`guidance_scale` must be a positive number, but got True"),
         (dict(generator=seeded(0, 1)), ValueError, "one for each of the 1 images .*got a list of 2"),
+        (dict(generator=[]), ValueError, "one for each of the 1 images .*got a list of 0"),
         (dict(generator=0), TypeError, "torch.Generator or a list of one per image, but got 0"),
-        (dict(output_type="image"), ValueError, "`output_type` must be one of .*but got 'image'"),
+        (dict(generator=[0]), TypeError, r"torch.Generator or a list of one per image, but got \[0\]"),
+        (dict(generator=tuple(seeded(0))), TypeError, r"torch.Generator or a list of one per image, but got \(<"),
+        (dict(output_type="image"), ValueError, r"one of \('pil', 'np', 'pt', 'latent'\), but got 'image'"),
+        (dict(output_type=None), ValueError, "`output_type` must be one of .*but got None"),
         (dict(latents=torch.zeros(1, 3, 9, 9)), ValueError, r"\(1, 3, 7, 10\), but got \(1, 3, 9, 9\)"),
-        (dict(class_labels=0), ValueError, "unconditional"),
+        (dict(class_labels=0), ValueError, "unconditional|takes no classes"),
         (dict(callback_on_step_end_tensor_inputs=["sigma"]), ValueError, r"\['latents'\], but got \['sigma'\]"),
     ],
 )
 def test_wrong_arguments(pipe, arguments, error, match):
     with pytest.raises(error, match=match):
         sample(pipe, **arguments)
-
-
-def test_wrong_class_labels(make):
-    pipe = make(num_class_embeds=3)
-    for labels in (None, 3, [0, 1]):
-        with pytest.raises(ValueError, match=r"`class_labels` must be one integer in \[0, 3\)"):
-            sample(pipe, class_labels=labels)
 
 
 @from_images
@@ -331,18 +481,12 @@ def test_wrong_strength(pipe, strength, error):
     ],
 )
 def test_wrong_images(pipe, image, error, match):
-    arguments = {**inputs(type(pipe), [0]), "image": image}
     with pytest.raises(error, match=match):
-        pipe(**arguments)
+        pipe(**{**inputs(pipe, [0]), "image": image})
 
 
 @from_images
-def test_a_scheduler_without_a_denoised_image(make):
-    with pytest.raises(ValueError, match="but DDIMScheduler does not: use `EDMHeunScheduler`, `EDMEulerScheduler`"):
-        sample(make(DDIMScheduler()))
-
-
-@from_images
+@pytest.mark.parametrize("refined", [False])
 @pytest.mark.parametrize("strength, steps", [(1.0, 10), (0.5, 5), (0.3, 3), (0.01, 1)])
 @pytest.mark.parametrize("scheduler_class", [EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
 def test_strength_takes_the_last_steps_of_the_schedule(make, scheduler_class, strength, steps):

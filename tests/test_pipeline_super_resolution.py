@@ -57,7 +57,8 @@ def consistency_error(images: list[Image.Image], small: torch.Tensor) -> float:
         (dict(height=5, width=13), (5, 13)),
         (dict(scale=0.3), (1, 2)),
         (dict(height=2, width=40), (2, 40)),
-        (dict(height=np.int64(7), width=np.int32(7)), (7, 7)),
+        (dict(height=np.int64(7), width=torch.tensor(7)), (7, 7)),
+        (dict(scale=torch.tensor(2.5)), (10, 15)),
     ],
 )
 def test_target_sizes(pipe, arguments, size):
@@ -67,16 +68,21 @@ def test_target_sizes(pipe, arguments, size):
 @pytest.mark.parametrize(
     "arguments, error, match",
     [
-        (dict(scale=0), ValueError, "`scale` must be positive and finite, but got 0"),
-        (dict(scale=-2), ValueError, "`scale` must be positive and finite, but got -2"),
-        (dict(scale=math.inf), ValueError, "`scale` must be positive"),
-        (dict(scale=math.nan), ValueError, "`scale` must be positive"),
-        (dict(scale="2"), TypeError, "`scale` must be a number, e.g. 2 or 2.7, but got '2'"),
-        (dict(scale=True), TypeError, "`scale` must be a number"),
+        (dict(scale=0), ValueError, "`scale` must be a positive number, but got 0"),
+        (dict(scale=-2), ValueError, "`scale` must be a positive number, but got -2"),
+        (dict(scale=math.inf), ValueError, "`scale` must be a positive number"),
+        (dict(scale=math.nan), ValueError, "`scale` must be a positive number"),
+        (dict(scale="2"), TypeError, "`scale` must be a positive number, but got '2'"),
+        (dict(scale=True), TypeError, "`scale` must be a positive number, but got True"),
         (dict(scale=2, height=9), ValueError, "`scale` 2 takes the place of `height` and `width`"),
         (dict(height=0), ValueError, "`height` must be an integer of at least 1, but got 0"),
         (dict(height=8.0), TypeError, "`height` must be an integer of at least 1, but got 8.0"),
         (dict(width=8.5), TypeError, "`width` must be an integer of at least 1, but got 8.5"),
+        (dict(noise_level=0.1), ValueError, "`noise_level` 0.1 needs a refiner: load the pipeline with"),
+        (dict(noise_level=-0.1), ValueError, r"`noise_level` must lie in \[0, 2\], .* but got -0.1"),
+        (dict(noise_level=math.nan), ValueError, "`noise_level` must lie in"),
+        (dict(noise_level=True), TypeError, r"`noise_level` must be a number in \[0, 2\], but got True"),
+        (dict(tile_size=8), TypeError, "`tile_size` was retired: .* see `enable_tiling`"),
         (dict(scale=0.9, consistency=True), ValueError, "no side may shrink, but 4x6 would become 4x5: ask for"),
         (dict(height=3, width=60, consistency=True), ValueError, "no side may shrink, but 4x6 would become 3x60"),
     ],
@@ -256,7 +262,7 @@ def test_the_script_enlarges_files(upscale, tmp_path):
     first, second = (Image.open(file) for file in files)
     assert consistency_error([first], torch.from_numpy(pixels).movedim(-1, 0)[None] / 255) <= 1
     assert consistency_error([second], torch.from_numpy(np.rot90(pixels, 3).copy()).movedim(-1, 0)[None] / 255) <= 1
-    assert upscale(tmp_path / "a.png", "--width", 12, "--tile_size", 6)[0].name == "a_8x12.png"
+    assert upscale(tmp_path / "a.png", "--width", 12)[0].name == "a_8x12.png"
 
 
 @pytest.mark.parametrize(

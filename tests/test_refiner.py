@@ -106,6 +106,18 @@ def test_saving_and_loading(refiner, tmp_path):
     assert loaded.config.detail_std == refiner.config.detail_std
 
 
+def test_pickles_are_neither_saved_nor_loaded(refiner, tmp_path):
+    with pytest.raises(ValueError, match="DFURefiner saves safetensors only, but got safe_serialization=False"):
+        refiner.save_pretrained(tmp_path, safe_serialization=False)
+    refiner.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(refiner.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        DFURefiner.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="DFURefiner loads safetensors only"):
+        DFURefiner.from_pretrained(tmp_path, use_safetensors=False)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(refiner, dtype):

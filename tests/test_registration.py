@@ -15,7 +15,7 @@ from diffusers import AutoModel, DiffusionPipeline, EDMDPMSolverMultistepSchedul
 from diffusers.pipelines import pipeline_loading_utils
 
 import dfu_diffusers
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 
 pytest_plugins = "hub_stand_in"
 
@@ -24,8 +24,8 @@ LOADERS = pytest.mark.parametrize("loader", [DFUPipeline, DiffusionPipeline])
 
 
 @pytest.fixture
-def pipe(make_model):
-    return DFUPipeline(make_model(), EDMHeunScheduler(sigma_max=70.0))
+def pipe(make_model, make_refiner):
+    return DFUPipeline(make_model(), EDMHeunScheduler(sigma_max=70.0), refiner=make_refiner())
 
 
 @pytest.fixture(params=["folder", "hub"])
@@ -48,15 +48,19 @@ def test_saved_files_name_the_public_package(pipe, tmp_path):
     assert index["_class_name"] == "DFUPipeline"
     assert index["unet"] == ["dfu_diffusers", "DFUModel"]
     assert index["scheduler"] == ["dfu_diffusers", "EDMHeunScheduler"]
+    assert index["refiner"] == ["dfu_diffusers", "DFURefiner"]
     assert [config["_class_name"] for config in configs] == ["DFUModel", "EDMHeunScheduler"]
 
 
 @LOADERS
 def test_pipelines_load(place, pipe, loader):
     loaded = loader.from_pretrained(place)
-    assert (type(loaded), type(loaded.unet), type(loaded.scheduler)) == (DFUPipeline, DFUModel, EDMHeunScheduler)
+    classes = [type(each) for each in (loaded, loaded.unet, loaded.scheduler, loaded.refiner)]
+    assert classes == [DFUPipeline, DFUModel, EDMHeunScheduler, DFURefiner]
     assert loaded.scheduler.config.sigma_max == 70.0
-    assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), loaded.unet.parameters()))
+    for name in ("unet", "refiner"):
+        own, its = (getattr(each, name).parameters() for each in (pipe, loaded))
+        assert all(torch.equal(a, b) for a, b in zip(own, its, strict=True))
 
 
 @pytest.mark.parametrize("loader", [DFUModel, AutoModel])

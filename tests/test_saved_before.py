@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from sampling import sample, silent
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, EDMHeunScheduler
@@ -50,6 +51,14 @@ def test_with_this_package(saved, name):
     assert pipe.scheduler.config.sigma_max == 20.0
     assert_same_image(draw(dfu_diffusers.DFUPipeline.from_pipe(pipe)), saved)
     assert type(DFUModel.from_pretrained(saved / name, subfolder="unet")) is DFUModel
+
+
+def test_a_refiner_joins_a_saved_pipeline(saved, make_refiner, tmp_path):
+    pipe = silent(dfu_diffusers.DFUPipeline.from_pretrained(saved / "plain", refiner=make_refiner(coarse_size=1)))
+    image = sample(pipe, height=24, width=31, octave_steps=2)
+    pipe.save_pretrained(tmp_path)
+    again = silent(DiffusionPipeline.from_pretrained(tmp_path))
+    assert torch.equal(sample(again, height=24, width=31, octave_steps=2), image)
 
 
 def test_plain_ones_with_diffusers_own_loaders(saved):

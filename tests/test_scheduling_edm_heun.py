@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
@@ -333,20 +334,6 @@ def test_churn_noise_of_a_noise_sampler():
     torch.testing.assert_close(x, expected)
     assert set(shapes) == {(2, 1, 4, 5)} and len(shapes) > 3
     assert torch.equal(untouched.get_state(), torch.Generator().manual_seed(6).get_state())
-
-
-@pytest.mark.parametrize("schedule", ["karras", "exponential"])
-def test_noise_scale_multiplies_the_levels(schedule):
-    scheduler = EDMHeunScheduler(sigma_schedule=schedule, s_churn=4.0)
-    scheduler.set_timesteps(7)
-    levels, timesteps, initial = scheduler.sigmas, scheduler.timesteps, scheduler.init_noise_sigma
-    scheduler.set_timesteps(7, noise_scale=2.5)
-    torch.testing.assert_close(scheduler.sigmas, 2.5 * levels)
-    torch.testing.assert_close(scheduler.timesteps, timesteps + math.log(2.5) / 4)
-    assert abs(scheduler.init_noise_sigma / initial - 2.5) < 1e-6
-    for scale in (0.0, -1.0, math.inf, "2"):
-        with pytest.raises(ValueError, match="`noise_scale` must"):
-            scheduler.set_timesteps(7, noise_scale=scale)
 
 
 def test_network_is_called_at_the_raised_level_after_the_noise():
@@ -790,11 +777,11 @@ def test_settings_of_other_schedulers_survive_a_detour():
 @pytest.mark.parametrize(
     "name, value",
     [("sigma_min", v) for v in (0, -1.0, math.nan, "0.1", True, 80.0, 90.0, 1e-60)]
-    + [("sigma_max", v) for v in (0.002, 0.001, math.inf, math.nan, None)]
-    + [("sigma_data", v) for v in (0.0, -0.5, math.inf, torch.tensor(0.5))]
+    + [("sigma_max", v) for v in (0.002, 0.001, math.inf, math.nan, None, 1e38)]
+    + [("sigma_data", v) for v in (0.0, -0.5, math.inf, torch.tensor([0.5]))]
     + [("rho", v) for v in (0, -7.0, 1e9, math.nan)]
     + [("s_churn", v) for v in (-1.0, math.inf, math.nan, None)]
-    + [("s_tmin", v) for v in (-0.1, math.inf, math.nan)]
+    + [("s_tmin", v) for v in (-0.1, math.inf, math.nan, np.bool_(True))]
     + [("s_tmax", v) for v in (-1.0, math.nan, -math.inf, "inf")]
     + [("s_noise", v) for v in (0.0, -1.0, math.nan, math.inf)]
     + [("num_train_timesteps", v) for v in (0, -5, 10.0, True)]
@@ -808,6 +795,36 @@ def test_constructor_refuses(name, value):
     named = "sigma_max" if name == "sigma_min" and value in (80.0, 90.0) else name  # these clash with sigma_max
     assert f"`{named}`" in str(error.value)
     assert repr(value) in str(error.value) or named != name
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor, np.array])
+def test_numbers_of_numpy_and_torch_are_numbers(number, tmp_path):
+    scheduler = EDMHeunScheduler(sigma_max=number(64.0), s_tmax=number(32.0), num_train_timesteps=np.int64(9))
+    scheduler.save_pretrained(tmp_path)
+    assert strict_json(tmp_path / "scheduler_config.json")["sigma_max"] == 64
+    expected = EDMHeunScheduler(sigma_max=64.0, s_tmax=32.0, num_train_timesteps=9)
+    assert (
+        public_config(scheduler)
+        == public_config(expected)
+        == public_config(EDMHeunScheduler.from_pretrained(tmp_path))
+    )
+    for each, steps in ((scheduler, torch.tensor(7)), (expected, 7)):
+        each.set_timesteps(steps)
+    assert torch.equal(scheduler.sigmas, expected.sigmas)
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.28, 1000.0])
+@pytest.mark.parametrize("low, high", [(0.002, 80.0), (1e-18, 1e18)])
+def test_schedules_at_the_ends_of_what_is_allowed(rho, low, high):
+    scheduler = EDMHeunScheduler(sigma_min=low, sigma_max=high, rho=rho)
+    scheduler.set_timesteps(5)
+    levels = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]])
+    torch.testing.assert_close(levels[[0, -1]], torch.tensor([high, low]), rtol=1e-5, atol=0)
+    assert (levels.diff() < 0).all() and scheduler.timesteps.isfinite().all()
+    x = torch.full((1, 1, 2, 2), high)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.zeros_like(x), t, scheduler.scale_model_input(x, t) * 0 + x).prev_sample
+        assert x.isfinite().all()
 
 
 def test_s_tmax_must_not_be_below_s_tmin():

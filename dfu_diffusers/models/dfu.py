@@ -6,23 +6,28 @@ arXiv 2401.06144. Each layer joins a 3x3 convolution, fixed in pixels, with a Fo
 2010.08895), fixed in cycles per image; around them stands the DDPM++ UNet of EDM (Karras et al., arXiv 2206.00364).
 """
 
+import numbers
+import re
 from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import apply_layerwise_casting
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from ..checks import INTEGERS
 from .layers import NEAR_ZERO, DFUBlock, DualConv2d, _check_conv_type, _group_norm, _init_linear, _norm_silu
+from .loading import SafetensorsMixin
 from .lora import LoRAMixin
 from .spectral import Boundary, SpectralConv2d, _is_integer, _parse_boundary, _parse_modes, _parse_rank
 
 
-class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
+class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
     """Dual-FNO UNet: takes a noisy image of any height and width >= 1 and returns the network output F of EDM.
 
     A drop-in for `diffusers.UNet2DModel`. Each level halves both sides, rounding up; the decoder restores the exact
@@ -224,27 +229,25 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
         super().enable_gradient_checkpointing(gradient_checkpointing_func)
         self._checkpointed_levels = levels
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in diffusers, from safetensors only, and with weights at aligned addresses: a loaded model repeats the
-        saved one bit for bit.
-
-        A `.bin` is never opened: it is a pickle. Weights mapped from a file begin at any address, where a CPU's matrix
-        products take other paths and round differently; a copy in memory of their own puts that right.
-
-        Raises:
-            ValueError: `use_safetensors=False`.
-        """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(
-                "DFUModel loads safetensors only (use_safetensors=False asks for pickles): convert the file."
-            )
-        loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # (model, info) with output_loading_info=True
-        for parameter in model.parameters():
-            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
-        return loaded
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: tuple[str, ...] | None = None,
+        skip_modules_classes: tuple[type, ...] | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """As in diffusers, which knows torch's own layers only; here the spectral weights are cast, too."""
+        compute_dtype = compute_dtype or self.dtype
+        super().enable_layerwise_casting(
+            storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, non_blocking
+        )
+        skipped = (*self._skip_layerwise_casting_patterns, *(skip_modules_pattern or ()))
+        for name, module in self.named_modules():
+            kept = any(re.search(pattern, name) for pattern in skipped)
+            kept = kept or isinstance(module, skip_modules_classes or ())
+            if isinstance(module, SpectralConv2d) and not kept:
+                apply_layerwise_casting(module, storage_dtype, compute_dtype, None, None, non_blocking)
 
     def factorized(self, spectral_rank: float) -> "DFUModel":
         """A smaller model near this one, to be trained on: with its weights, those of the Fourier layers factorised by
@@ -307,7 +310,7 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
         channels = self.config.block_out_channels[0]
         embedding = get_timestep_embedding(timestep, channels, flip_sin_to_cos=True).to(sample.dtype)
         if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
+            embedding = embedding + self.class_embedding(class_labels.long()).to(sample.dtype)
         if self.augment_embedding is not None:
             if augment_labels is None:  # zeros, and with them a gradient of zero: DDP waits for one of every parameter
                 augment_labels = embedding.new_zeros(len(embedding), self.config.num_augment_labels)
@@ -372,7 +375,7 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
                 f"`sample` must have shape (batch, {self.config.in_channels}, height, width) without empty "
                 f"dimensions, as in_channels={self.config.in_channels}, but got {tuple(sample.shape)}."
             )
-        if not torch.is_tensor(timestep) and not isinstance(timestep, (int, float)):
+        if not torch.is_tensor(timestep) and not isinstance(timestep, numbers.Real):
             raise TypeError(f"`timestep` must be a number or a tensor, but got {type(timestep).__name__}.")
         if torch.is_tensor(timestep) and tuple(timestep.shape) not in ((), (1,), (sample.shape[0],)):
             raise ValueError(
@@ -398,7 +401,7 @@ class DFUModel(ModelMixin, ConfigMixin, LoRAMixin):
             return
         if class_labels is None:
             raise ValueError(f"This model is class-conditional: give `class_labels`, integers in [0, {classes}).")
-        if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
+        if tuple(class_labels.shape) != (batch,) or class_labels.dtype not in INTEGERS:
             raise ValueError(
                 f"`class_labels` must be {batch} integers, one per image, but got shape {tuple(class_labels.shape)} "
                 f"and dtype {class_labels.dtype}."

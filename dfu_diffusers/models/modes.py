@@ -13,9 +13,10 @@ White noise of deviation s on h x w pixels has independent coefficients of devia
 """
 
 import math
-from functools import lru_cache
 
 import torch
+
+from .cache import TensorCache
 
 Axes = tuple[bool, bool]
 
@@ -30,22 +31,27 @@ def num_modes(n: int, periodic: bool = False) -> int:
     return n - 1 if periodic and n % 2 == 0 else n
 
 
-@lru_cache(maxsize=32)
 def mode_basis(n: int, periodic: bool = False, count: int | None = None) -> torch.Tensor:
     """The lowest `count` (by default all n) modes on n pixels, (count, n), orthonormal rows, float32 on the CPU.
 
     Row k of the cosine basis is cos(pi k (j + 1/2) / n). Of the Fourier basis row 0 is constant, and rows 2k - 1 and
     2k are the sine and cosine of k cycles.
     """
-    row = torch.arange(n if count is None else count, device="cpu")
+    return _cached_basis(n, periodic, n if count is None else count)
+
+
+def _basis(n: int, periodic: bool, count: int) -> torch.Tensor:
+    row = torch.arange(count, device="cpu")
     half_cycles = (row + 1) // 2 * 2 if periodic else row
     # The phase pi h (2j + 1) / 2n is reduced as an integer, so that it is exact.
     phase = torch.outer(half_cycles, 2 * torch.arange(n, device="cpu") + 1) % (4 * n)
     angle = phase.double() * (math.pi / (2 * n))
     waves = torch.where((row % 2 == 1)[:, None], angle.sin(), angle.cos()) if periodic else angle.cos()
-    alone = (half_cycles == 0) | (half_cycles == n) & torch.tensor(periodic)
-    with torch.inference_mode(False):
-        return (waves * torch.where(alone, 1, 2).double().div(n).sqrt()[:, None]).float()
+    alone = (half_cycles == 0) | (half_cycles == n)  # n half cycles: the sine at the Nyquist frequency
+    return (waves * torch.where(alone, 1, 2).double().div(n).sqrt()[:, None]).float()
+
+
+_cached_basis = TensorCache(_basis, max_bytes=2**29)  # room for a picture of 8192 pixels a side
 
 
 def pixel_response(count: int, n: int, periodic: bool = False, device="cpu") -> torch.Tensor:

@@ -14,6 +14,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .loading import SafetensorsMixin
+
 NOISE_CHANNELS = 64  # sinusoids that tell a noise level
 EMBEDDING_CHANNELS = 256
 PICTURE_STD = 0.5  # deviation of the coarse picture
@@ -56,7 +58,7 @@ class RefinerBlock(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
-class DFURefiner(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Takes a coarse picture on a larger grid and noisy detail that is to be added to it; returns the network output F
     of EDM (arXiv 2206.00364) for the detail.
 

@@ -9,12 +9,12 @@ Conventions, held by tests/test_layers.py and the slow twins in tests/reference:
 """
 
 import math
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import nn
 
+from .cache import TensorCache
 from .cpu_kernels import LARGE_WEIGHT, _is_plain_on_cpu, _MixModes
 from .resampling import _is_symbolic
 
@@ -76,10 +76,7 @@ def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, periods: tuple
     return matrices, first + r, last + 1 - first, columns
 
 
-@lru_cache(maxsize=256)
-def _cached_fourier_matrices(*key):
-    with torch.inference_mode(False):  # a tensor made in inference mode could never serve training
-        return _fourier_matrices(*key)
+_cached_fourier_matrices = TensorCache(_fourier_matrices, max_bytes=2**28)
 
 
 class SpectralConv2d(nn.Module):

@@ -5,24 +5,23 @@ import contextlib
 import inspect
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..checks import INTEGERS
 from ..models.modes import average_pixels, beyond, from_modes, octave_sizes, resize_modes, share_beyond, to_modes
-from .checks import _check_count, _check_positive
+from .base import DFUPipelineBase
+from .checks import _check_count, _check_positive, _check_scheduler
 from .noise import fourier_resample, growing_sizes, nested_noise, resize_bicubic
 from .octaves import COARSE_NOISE, MAX_PIXELS, NestedNoise, coefficients_of, octave_scheduler, refine_in_strips
-from .remote_code import REMOTE, code_files
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRATEGIES = ("octaves", "direct", "cascade")
@@ -38,7 +37,6 @@ RETIRED = {
     "tile_size": "large pictures are sampled in strips; see `enable_tiling`",
     "tile_overlap": "large pictures are sampled in strips; see `enable_tiling`",
 }
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Run:
 
     batch_size: int
     num_inference_steps: int
-    octave_steps: int | None
+    octave_steps: int
     generator: torch.Generator | list[torch.Generator] | None
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # the output of `unet` for a sample at a timestep
     draw_noise: Callable[[tuple], torch.Tensor]  # unit noise of a shape
@@ -57,11 +55,15 @@ class Run:
     tileable: str | None  # the same, as the networks take it
     parts: list[slice]  # of the batch that the networks see at once
     calls: int = 0
+    sums: list[torch.Tensor] = field(default_factory=list)  # of the network's output at each call
     bar: object = field(default=None, repr=False)
 
 
-class DFUPipeline(DiffusionPipeline):
+class DFUPipeline(DFUPipelineBase):
     """Generates images of any height and width >= 1, also beyond the sizes the model was trained on.
+
+    The models go into evaluation mode when the pipeline is made: call `train()` on one before training it further.
+    Several pipelines may share a network and run at once, if each has a scheduler of its own.
 
     Args:
         unet: a `DFUModel`, or another denoiser called as `unet(sample, timestep, class_labels).sample`.
@@ -70,6 +72,9 @@ class DFUPipeline(DiffusionPipeline):
             for less time: `guidance_scale` then leads away from what it gets wrong (autoguidance, arXiv 2406.02507).
         refiner: a `DFURefiner`, which adds detail to what `unet` draws on its own grid. With it one seed is one
             picture at every size; its scheduler is a copy of `scheduler` for the deviation of detail.
+
+    Raises:
+        ValueError: no unet.
 
     >>> from dfu_diffusers import DFUModel, EDMHeunScheduler
     >>> unet = DFUModel(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(4, None), attention_levels=())
@@ -82,7 +87,6 @@ class DFUPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet->guide->refiner"
     _optional_components = ["guide", "refiner"]
     _callback_tensor_inputs = ["latents"]
-    _self_contained = False
 
     def __init__(
         self,
@@ -92,88 +96,33 @@ class DFUPipeline(DiffusionPipeline):
         refiner: ModelMixin | None = None,
     ):
         super().__init__()
+        self._check_components(unet, refiner)
         self.register_modules(unet=unet, scheduler=scheduler, guide=guide, refiner=refiner)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._max_pixels = MAX_PIXELS
         self._num_timesteps = 0
+        self._guidance_scale = 1.0
         self._interrupt = False
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DFUPipeline":
-        """As in diffusers, from safetensors only, components of other classes included.
-
-        diffusers would fall back on a `.bin`, a pickle, which may run code when it is opened.
-
-        Raises:
-            ValueError: `use_safetensors=False`.
-            OSError: a component has no safetensors weights.
-        """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(
-                f"{cls.__name__} loads safetensors only (use_safetensors=False asks for pickles): convert the files, "
-                f"or pass `unet` as you loaded it."
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DFUPipeline":
-        """A DFUPipeline that shares the components of another pipeline; `kwargs` replace some, as in diffusers.
-
-        The weights keep their dtype unless `dtype` (`torch_dtype`) says otherwise; then both pipelines' change.
-        """
-        # diffusers hands a model on only if the type hint names its very class, and ours admits any denoiser.
-        if hasattr(pipeline, "unet"):
-            kwargs.setdefault("unet", pipeline.unet)
-        for name in ("guide", "refiner"):
-            if getattr(pipeline, name, None) is not None:
-                kwargs.setdefault(name, getattr(pipeline, name))
-        with warnings.catch_warnings():
-            if not {"dtype", "torch_dtype"} & kwargs.keys():  # by default diffusers makes shared weights float32
-                kwargs["torch_dtype"] = pipeline.dtype
-                warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)  # the name that every release knows
-            return super().from_pipe(pipeline, **kwargs)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
-        """As in diffusers, which would warn of `auto_map`: the entry is AutoModel's, not ours."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
-
-    def save_pretrained(self, save_directory, *args, self_contained: bool = False, **kwargs) -> None:
-        """Save as in diffusers; such a folder needs dfu_diffusers to be loaded.
-
-        With `self_contained` our modules are saved along, and `DiffusionPipeline.from_pretrained(...,
-        trust_remote_code=True)` needs nothing but diffusers. A pipeline that was loaded in that way is always saved
-        in that way, for its classes exist nowhere else.
-        """
-        with self._with_code(self_contained):
-            super().save_pretrained(save_directory, *args, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *args, self_contained: bool = False, **kwargs) -> str:
-        """As in diffusers, with the option of `save_pretrained`; `dfu_diffusers.hub` does more for a saved folder."""
-        with self._with_code(self_contained):
-            return super().push_to_hub(repo_id, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _with_code(self, self_contained: bool):
-        """Until it ends, pipelines are saved with code, if so asked here or further out."""
-        before, self._self_contained = self._self_contained, self._self_contained or self_contained
-        try:
-            yield
-        finally:
-            self._self_contained = before
-
-    def save_config(self, save_directory, *args, **kwargs) -> None:
-        """As in diffusers, which calls it when the components are saved, and before it uploads them."""
-        super().save_config(save_directory, *args, **kwargs)
-        recorded = [library for library, _ in map(self.config.get, self.components) if library]
-        if self._self_contained or any(name.split(".")[0] == REMOTE for name in (self.__module__, *recorded)):
-            for path, text in code_files(save_directory, type(self)).items():
-                Path(save_directory, path).write_text(text, encoding="utf-8")
+    @staticmethod
+    def _check_components(unet, refiner) -> None:
+        if unet is None:
+            raise ValueError("DFUPipeline needs a unet: pass `unet=DFUModel.from_pretrained(...)`.")
 
     @property
     def num_timesteps(self) -> int:
         """Network calls of the current or last run."""
         return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the current or last run. A callback may set `_guidance_scale`; 0 and 1 switch guidance off."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next call of `unet` is guided."""
+        return self._guidance_scale not in (0, 1)
 
     @property
     def interrupt(self) -> bool:
@@ -246,8 +195,6 @@ class DFUPipeline(DiffusionPipeline):
         strategy = self._strategy(strategy)
         run = self._begin(
             batch_size=batch_size,
-            height=height,
-            width=width,
             num_inference_steps=num_inference_steps,
             octave_steps=octave_steps,
             class_labels=class_labels,
@@ -259,7 +206,7 @@ class DFUPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             tileable=tileable,
         )
-        self._check_latents(latents, (batch_size, *self._noise_size((height, width), strategy)))
+        self._check_latents(latents, (run.batch_size, *self._noise_size((height, width), strategy)))
 
         # 2. Sample, in float32 throughout: at sigma 80 half precision would swallow the image
         sample_at = {"octaves": self._sample_octaves, "direct": self._sample_direct, "cascade": self._sample_cascade}
@@ -366,6 +313,8 @@ class DFUPipeline(DiffusionPipeline):
         """
         periodic, told = run.periodic, math.hypot(COARSE_NOISE, noise_level)
         for coarse, size in zip(octaves, octaves[1:]):
+            if self._interrupt:  # what there is, on the grid that was asked for
+                return resize_modes(picture, octaves[-1], periodic)
             if project is not None:
                 picture = project(picture)
             modes = to_modes(picture, size, periodic)
@@ -376,8 +325,6 @@ class DFUPipeline(DiffusionPipeline):
             condition = from_modes(modes + COARSE_NOISE * unit, size, periodic)
             picture = from_modes(modes, size, periodic)
             picture = picture + self._sample_detail(run, picture, condition, told, coarse, noise, normals, project)
-            if self._interrupt:
-                return resize_modes(picture, octaves[-1], periodic)
         return picture
 
     def _sample_detail(self, run, picture, condition, told, coarse, noise, normals, project) -> torch.Tensor:
@@ -407,8 +354,7 @@ class DFUPipeline(DiffusionPipeline):
     def enable_tiling(self, max_pixels: int = MAX_PIXELS) -> None:
         """Let the refiner see at most about `max_pixels` at once, in strips, to bound memory: the picture is the same.
         On by default, for pictures of more than 2^20 pixels."""
-        _check_count("max_pixels", max_pixels)
-        self._max_pixels = int(max_pixels)
+        self._max_pixels = _check_count("max_pixels", max_pixels)
 
     def disable_tiling(self) -> None:
         """Let the refiner see whole pictures, however large."""
@@ -421,48 +367,59 @@ class DFUPipeline(DiffusionPipeline):
         *,
         batch_size,
         num_inference_steps,
+        octave_steps,
         class_labels,
+        guidance_scale,
         generator,
+        output_type,
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
         max_batch_size,
-        guidance_scale=1.0,
-        octave_steps=None,
         tileable=None,
-        **others,
     ) -> "Run":
         """Check what the pipelines of this package have in common; how to run."""
+        batch_size = _check_count("batch_size", batch_size)
+        num_inference_steps = _check_count("num_inference_steps", num_inference_steps)
+        octave_steps = _check_count("octave_steps", octave_steps)
+        step = batch_size if max_batch_size is None else _check_count("max_batch_size", max_batch_size)
         callback_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or []
-        counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "octave_steps": octave_steps}
-        counts |= {"max_batch_size": max_batch_size}
-        self.check_inputs(batch_size, counts, generator=generator, callback_inputs=callback_inputs, **others)
+        self.check_inputs(batch_size, generator, output_type, callback_inputs)
         class_labels = self._class_labels(class_labels, batch_size)
-        self._check_guidance(guidance_scale)
+        guidance_scale = self._check_guidance(guidance_scale)
         periodic = self._periodic_axes(tileable)
-        self._interrupt = False
-        step = max_batch_size or batch_size
+        tileable = "".join(axis for axis, joined in zip("xy", reversed(periodic)) if joined) or None
+        self._guidance_scale, self._interrupt = guidance_scale, False
         return Run(
             batch_size=batch_size,
             num_inference_steps=num_inference_steps,
             octave_steps=octave_steps,
             generator=generator,
-            predict=partial(
-                self._predict, class_labels=class_labels, step=step, guidance_scale=guidance_scale, tileable=tileable
-            ),
+            predict=partial(self._predict, class_labels=class_labels, step=step, tileable=tileable),
             draw_noise=partial(nested_noise, generator=generator, device=self._execution_device),
             callback=callback_on_step_end,
             callback_inputs=callback_inputs,
             periodic=periodic,
-            tileable="".join(axis for axis, joined in zip("yx", periodic) if joined)[::-1] or None,
+            tileable=tileable,
             parts=[slice(start, start + step) for start in range(0, batch_size, step)],
         )
 
     @contextlib.contextmanager
     def _progress(self, run: "Run", calls: int):
-        """One progress bar for all network calls of a run."""
+        """One progress bar for all network calls of a run, whose values are checked at its end."""
         self._num_timesteps, run.calls = calls, 0
         with self.progress_bar(total=calls) as run.bar:
             yield
+        self._check_finite(run)
+
+    def _check_finite(self, run: "Run") -> None:
+        """Raise a ValueError that names the first network call whose output was not finite. Only here a run waits for
+        an accelerator."""
+        finite = torch.stack(run.sums).isfinite().tolist() if run.sums else []
+        if not all(finite):
+            raise ValueError(
+                f"Network call {finite.index(False) + 1} of {self._num_timesteps} gave values that are not finite: "
+                "the weights are damaged, or float16 overflows: load the model again, in bfloat16 or float32."
+            )
 
     def _refiner_calls(self, run: "Run", octaves: list[tuple[int, int]]) -> int:
         scheduler = octave_scheduler(self.scheduler, self.refiner)
@@ -499,28 +456,37 @@ class DFUPipeline(DiffusionPipeline):
             if self._interrupt:
                 break
             output = predict(scheduler.scale_model_input(latents, t), t)
+            run.sums.append(output.sum())
             if project is not None:
                 output = _projected(scheduler, output, latents, project)
             latents = scheduler.step(output, t, latents, **noise, return_dict=False)[0]
             if run.callback is not None:
-                changed = run.callback(self, run.calls, t, dict.fromkeys(run.callback_inputs, latents))
-                latents = (changed or {}).get("latents", latents)
+                latents = self._call_back(run, t, latents)
             run.calls += 1
             run.bar.update()
         return latents
 
-    def _predict(self, sample, timestep, class_labels, step: int, guidance_scale: float, tileable) -> torch.Tensor:
-        """The network's output (batch, channels, height, width), float32, guided unless the scale is 1."""
+    def _call_back(self, run: "Run", timestep, latents: torch.Tensor) -> torch.Tensor:
+        """The latents that the user's callback leaves."""
+        changed = run.callback(self, run.calls, timestep, dict.fromkeys(run.callback_inputs, latents))
+        if changed is None:
+            return latents
+        if not isinstance(changed, dict):
+            raise TypeError(f"`callback_on_step_end` must return a dict or None, but returned {changed!r}.")
+        return changed.get("latents", latents)
+
+    def _predict(self, sample, timestep, class_labels, step: int, tileable) -> torch.Tensor:
+        """The network's output (batch, channels, height, width), float32, guided if so asked."""
         evaluate = partial(self._evaluate, timestep=timestep, step=step, tileable=tileable)
         output = evaluate(self.unet, sample, class_labels=class_labels)
-        if guidance_scale == 1:
+        if not self.do_classifier_free_guidance:
             return output
         if self.guide is not None:
             weak = evaluate(self.guide, sample, class_labels=class_labels)
         else:
             no_class = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
             weak = evaluate(self.unet, sample, class_labels=no_class)
-        return weak.lerp(output, guidance_scale)  # at one noise level D is linear in the output
+        return weak.lerp(output, self._guidance_scale)  # at one noise level D is linear in the output
 
     def _evaluate(self, model, sample, timestep, class_labels, step: int, tileable) -> torch.Tensor:
         """The output of `model`, float32, for at most `step` images at a time."""
@@ -554,8 +520,11 @@ class DFUPipeline(DiffusionPipeline):
     def _size(self, height, width) -> tuple[int, int]:
         """Height and width, each from the `sample_size` of the refiner or of `unet` if it is None."""
         size = self._config_of_unet("sample_size") if self.refiner is None else self.refiner.config.sample_size
-        default = _pair(size)
-        return tuple(given if given is not None else fallback for given, fallback in zip((height, width), default))
+        given = {"height": height, "width": width}
+        return tuple(
+            _check_count(name, fallback if side is None else side)
+            for (name, side), fallback in zip(given.items(), _pair(size))
+        )
 
     def _sample_size(self, purpose: str) -> tuple[int, int]:
         """That of `unet`, which `purpose` needs."""
@@ -583,12 +552,6 @@ class DFUPipeline(DiffusionPipeline):
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, or None for the best, but got {strategy!r}.")
         if strategy == "octaves":
             self._check_refiner()
-        if strategy != "direct" and not hasattr(self.scheduler, "precondition_outputs"):
-            raise ValueError(
-                f"strategy={strategy!r} needs a scheduler that knows EDM's noise levels, but "
-                f"{type(self.scheduler).__name__} does not: use `EDMHeunScheduler`, `EDMEulerScheduler` or "
-                "`EDMDPMSolverMultistepScheduler`, or strategy='direct'."
-            )
         return strategy
 
     def _check_refiner(self) -> None:
@@ -608,19 +571,18 @@ class DFUPipeline(DiffusionPipeline):
         """Whether (rows, columns) tile."""
         if tileable not in (None, "x", "y", "xy"):
             raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
-        for model in filter(None, (self.unet, self.guide)):
-            if tileable and "tileable" not in inspect.signature(model.forward).parameters:
-                raise ValueError(f"`tileable` needs a DFUModel, but got a {type(model).__name__}: leave it out.")
-        axes = tileable or self._config_of_unet("tileable") or ""
+        models = [model for model in (self.unet, self.guide, self.refiner) if model is not None]
+        axes = tileable or next(filter(None, (getattr(model.config, "tileable", None) for model in models)), "")
+        for model in models:
+            if axes and "tileable" not in inspect.signature(model.forward).parameters:
+                raise ValueError(
+                    f"`tileable={axes!r}` needs models that take it, but got a {type(model).__name__}: leave it out."
+                )
         return "y" in axes, "x" in axes
 
-    def check_inputs(self, batch_size, counts: dict, height, width, generator, output_type, callback_inputs) -> None:
+    def check_inputs(self, batch_size: int, generator, output_type, callback_inputs) -> None:
         """Raise a ValueError or TypeError that names the argument, what was given and what is allowed."""
-        optional = ("max_batch_size", "octave_steps")
-        for name, value in {**counts, "height": height, "width": width}.items():
-            if value is not None or name not in optional:
-                _check_count(name, value)
-
+        _check_scheduler(self.scheduler)
         channels, out_channels = self._channels, self._config_of_unet("out_channels")
         if out_channels not in (None, channels):
             raise ValueError(
@@ -666,8 +628,8 @@ class DFUPipeline(DiffusionPipeline):
                 f"{tuple(latents.shape)}: pass the matching `batch_size`, `height` and `width`."
             )
 
-    def _check_guidance(self, guidance_scale) -> None:
-        _check_positive("guidance_scale", guidance_scale)
+    def _check_guidance(self, guidance_scale) -> float:
+        guidance_scale = _check_positive("guidance_scale", guidance_scale)
         if guidance_scale != 1 and self.guide is None and self._config_of_unet("num_class_embeds") is None:
             raise ValueError(
                 f"`guidance_scale` {guidance_scale} needs a class-conditional model, or a weaker one beside this: "
@@ -681,6 +643,7 @@ class DFUPipeline(DiffusionPipeline):
                     f"`guide` must take the images and class labels of `unet`, {dict(zip(names, own))}, but it has "
                     f"{dict(zip(names, weak))}: load the pipeline with another, or leave `guidance_scale` at 1."
                 )
+        return guidance_scale
 
     def _class_labels(self, class_labels, batch_size: int) -> torch.Tensor | None:
         """Checked labels (batch_size,) on the execution device; None for an unconditional model."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from PIL import Image
 
+from .checks import _check_strength
 from .dfu import DFUPipeline, Run
 from .images import middle_of_schedule, read_images, read_mask
 
@@ -97,11 +98,10 @@ class DFUInpaintPipeline(DFUPipeline):
         image = read_images(image, self._channels)
         hole = _read_mask(mask_image, image)
         batch_size, _, height, width = image.shape
+        strength = _check_strength(strength)
         octaves = self._goes_through_octaves(strength)
         run = self._begin(
             batch_size=batch_size,
-            height=height,
-            width=width,
             num_inference_steps=num_inference_steps,
             octave_steps=octave_steps,
             class_labels=class_labels,
@@ -139,7 +139,7 @@ class DFUInpaintPipeline(DFUPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _goes_through_octaves(self, strength) -> bool:
+    def _goes_through_octaves(self, strength: float) -> bool:
         """Whether the refiner takes part: not where the image under the mask is to shine through."""
         if self.refiner is None:
             return False

@@ -9,7 +9,6 @@ With `consistency` the result is moved to the nearest image whose area averages 
 projection, DDNM, arXiv 2212.00490, Equation 13).
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -20,8 +19,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from PIL import Image
 
+from ..checks import real_number
 from ..models.modes import average_pixels, from_modes, octave_sizes, to_modes
-from .checks import _check_count, _is_number
+from .checks import _check_count, _check_positive, _check_strength
 from .dfu import DFUPipeline, Run, _check_retired
 from .images import middle_of_schedule, read_images
 from .noise import resize_bicubic
@@ -60,9 +60,12 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         guide: ModelMixin | None = None,
         refiner: ModelMixin | None = None,
     ):
+        super().__init__(unet, scheduler, guide, refiner)
+
+    @staticmethod
+    def _check_components(unet, refiner) -> None:
         if unet is None and refiner is None:
             raise ValueError("The pipeline needs a refiner or a unet: pass `refiner=DFURefiner.from_pretrained(...)`.")
-        super().__init__(unet, scheduler, guide, refiner)
 
     @torch.no_grad()
     def __call__(
@@ -127,11 +130,11 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         _check_retired(retired)
         image = read_images(image, self._channels)
         batch_size, old_size = len(image), tuple(image.shape[-2:])
-        height, width = size = _target_size(old_size, height, width, scale)
+        size = _target_size(old_size, height, width, scale)
+        strength = _check_strength(strength)
+        noise_level = self._check_noise_level(noise_level)
         run = self._begin(
             batch_size=batch_size,
-            height=height,
-            width=width,
             num_inference_steps=num_inference_steps,
             octave_steps=octave_steps,
             class_labels=class_labels,
@@ -144,8 +147,6 @@ class DFUSuperResolutionPipeline(DFUPipeline):
             tileable=tileable,
         )
         consistency = self._check_consistency(consistency, old_size, size)
-        if not _is_number(noise_level) or not 0 <= noise_level <= 2:
-            raise ValueError(f"`noise_level` must lie in [0, 2], 0 for a clean image, but got {noise_level!r}.")
         noise_size = size if self.refiner is None else tuple(map(max, size, old_size))
         self._check_latents(latents, (batch_size, self._channels, *noise_size))
 
@@ -155,7 +156,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         if self.refiner is None:
             sample = self._denoise_resized(run, image, size, latents, strength, average)
         else:
-            sample = self._add_octaves(run, image, size, latents, float(noise_level))
+            sample = self._add_octaves(run, image, size, latents, noise_level)
 
         # 3. Images
         if average is not None:
@@ -191,6 +192,26 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         with self._progress(run, len(timesteps)):
             project = None if average is None else average.project
             return self._denoise(run, latents, self.scheduler, run.predict, project, begin)
+
+    def _class_labels(self, class_labels, batch_size: int) -> torch.Tensor | None:
+        if self.refiner is None:
+            return super()._class_labels(class_labels, batch_size)
+        if class_labels is not None:
+            raise ValueError(f"A refiner takes no classes, but got `class_labels` {class_labels!r}: leave them out.")
+        return None
+
+    def _check_noise_level(self, noise_level) -> float:
+        number = real_number(noise_level)
+        if number is None:
+            raise TypeError(f"`noise_level` must be a number in [0, 2], but got {noise_level!r}.")
+        if not 0 <= number <= 2:
+            raise ValueError(f"`noise_level` must lie in [0, 2], 0 for a clean image, but got {noise_level!r}.")
+        if number > 0 and self.refiner is None:
+            raise ValueError(
+                f"`noise_level` {noise_level!r} needs a refiner: load the pipeline with `refiner=DFURefiner."
+                "from_pretrained(...)`, or raise `strength` instead."
+            )
+        return float(number)
 
     @staticmethod
     def _check_consistency(consistency: bool | None, old: tuple[int, int], size: tuple[int, int]) -> bool:
@@ -255,28 +276,24 @@ def area_matrix(cells: int, pixels: int) -> torch.Tensor:
     tensor([[0.6667, 0.3333, 0.0000],
             [0.0000, 0.3333, 0.6667]], dtype=torch.float64)
     """
-    cell, pixel = torch.arange(cells)[:, None], torch.arange(pixels)  # in units of 1/(cells pixels): all are integers
+    cell, pixel = (torch.arange(n, device="cpu") for n in (cells, pixels))
+    cell = cell[:, None]  # in units of 1/(cells pixels): all are integers
     covered = torch.minimum((cell + 1) * pixels, (pixel + 1) * cells) - torch.maximum(cell * pixels, pixel * cells)
     return covered.clamp(min=0).double() / pixels
 
 
 def _target_size(size: tuple[int, int], height, width, scale) -> tuple[int, int]:
-    """(height, width) of the result; if both are given they are returned unchecked."""
-    if scale is None and height is None and width is None:
-        scale = 2
-    if scale is None:
-        proportion = size[1] / size[0]
-        if height is None:
-            _check_count("width", width)
-            height = max(1, round(width / proportion))
-        if width is None:
-            _check_count("height", height)
-            width = max(1, round(height * proportion))
-        return height, width
-    if height is not None or width is not None:
+    """(height, width) of the result."""
+    if scale is not None and (height is not None or width is not None):
         raise ValueError(f"`scale` {scale} takes the place of `height` and `width`: give one or the other.")
-    if not _is_number(scale):
-        raise TypeError(f"`scale` must be a number, e.g. 2 or 2.7, but got {scale!r}.")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"`scale` must be positive and finite, but got {scale}.")
-    return tuple(max(1, round(scale * side)) for side in size)
+    if height is None and width is None:
+        scale = _check_positive("scale", 2 if scale is None else scale)
+        return tuple(max(1, round(scale * side)) for side in size)
+    height, width = (
+        None if side is None else _check_count(name, side) for name, side in (("height", height), ("width", width))
+    )
+    if height is None:
+        height = max(1, round(width * size[0] / size[1]))
+    if width is None:
+        width = max(1, round(height * size[1] / size[0]))
+    return height, width

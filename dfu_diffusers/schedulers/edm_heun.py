@@ -17,9 +17,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checks import real_number
+
 logger = logging.get_logger(__name__)
 
 FLOAT32 = torch.finfo(torch.float32)
+LOWEST, HIGHEST = 1e-18, 1e18  # noise levels, whose squares float32 must hold
 
 
 @dataclass
@@ -51,9 +54,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     - `set_timesteps(sigmas=...)` takes noise levels (stock: positions between 0 and 1).
 
     Args:
-        sigma_min (`float`, defaults to 0.002): Lowest noise level (images are in [-1, 1]), positive.
-        sigma_max (`float`, defaults to 80.0): Highest noise level, above `sigma_min`.
-        sigma_data (`float`, defaults to 0.5): Standard deviation of the training images, positive.
+        sigma_min (`float`, defaults to 0.002): Lowest noise level (images are in [-1, 1]), at least 1e-18.
+        sigma_max (`float`, defaults to 80.0): Highest noise level, above `sigma_min`, at most 1e18.
+        sigma_data (`float`, defaults to 0.5): Standard deviation of the training images, in [1e-18, 1e18].
         sigma_schedule (`"karras"` or `"exponential"`, defaults to `"karras"`):
             Noise levels of Equation 5, or in geometric progression.
         num_train_timesteps (`int`, defaults to 1000): Levels before `set_timesteps` is called; no part in sampling.
@@ -108,25 +111,30 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         s_tmax: float | None = None,
         s_noise: float = 1.0,
     ) -> None:
-        _check_number("sigma_min", sigma_min, FLOAT32.tiny, FLOAT32.max, "the paper uses 0.002")
+        sigma_min = _check_number("sigma_min", sigma_min, LOWEST, HIGHEST, "the paper uses 0.002")
         above = math.nextafter(sigma_min, math.inf)
-        _check_number("sigma_max", sigma_max, above, FLOAT32.max, "it must exceed `sigma_min`; the paper uses 80")
-        _check_number("sigma_data", sigma_data, FLOAT32.tiny, FLOAT32.max, "0.5 suits images in [-1, 1]")
-        _check_number("rho", rho, 0.1, 1000.0, "the paper uses 7")
-        _check_number("s_churn", s_churn, 0.0, FLOAT32.max, "0 switches churn off")
-        _check_number("s_tmin", s_tmin, 0.0, FLOAT32.max, "0 means no lower limit")
-        _check_number("s_noise", s_noise, FLOAT32.tiny, FLOAT32.max, "for no churn noise set `s_churn=0`")
-        if s_tmax == math.inf:  # arguments are registered before this line runs, so the config needs correcting
-            self.register_to_config(s_tmax=None)
-        elif s_tmax is not None:
-            _check_number("s_tmax", s_tmax, s_tmin, FLOAT32.max, "it must not be below `s_tmin`; None means no limit")
+        if s_tmax is not None and real_number(s_tmax) != math.inf:
+            s_tmax = _check_number("s_tmax", s_tmax, 0.0, FLOAT32.max, "None means no upper limit")
+        # The arguments were registered before this line runs: the config gets Python's numbers, and no infinity.
+        self.register_to_config(
+            sigma_min=sigma_min,
+            sigma_max=_check_number("sigma_max", sigma_max, above, HIGHEST, "the paper uses 80, above `sigma_min`"),
+            sigma_data=_check_number("sigma_data", sigma_data, LOWEST, HIGHEST, "0.5 suits images in [-1, 1]"),
+            num_train_timesteps=_check_count("num_train_timesteps", num_train_timesteps),
+            rho=_check_number("rho", rho, 0.1, 1000.0, "the paper uses 7"),
+            s_churn=_check_number("s_churn", s_churn, 0.0, FLOAT32.max, "0 switches churn off"),
+            s_tmin=_check_number("s_tmin", s_tmin, 0.0, FLOAT32.max, "0 means no lower limit"),
+            s_tmax=None if s_tmax is None or s_tmax == math.inf else s_tmax,
+            s_noise=_check_number("s_noise", s_noise, FLOAT32.tiny, FLOAT32.max, "for no churn noise set `s_churn=0`"),
+        )
+        if self.config.s_tmax is not None and self.config.s_tmax < self.config.s_tmin:
+            raise ValueError(f"`s_tmax` must not be below `s_tmin`, {s_tmin!r}, but is {s_tmax!r}.")
         _check_choice("sigma_schedule", sigma_schedule, ("karras", "exponential"))
         _check_choice("prediction_type", prediction_type, ("epsilon", "v_prediction"))
         _check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        _check_count("num_train_timesteps", num_train_timesteps)
 
         self.is_scale_input_called = False
-        self.set_timesteps(num_train_timesteps)
+        self.set_timesteps(self.config.num_train_timesteps)
         self.num_inference_steps = None  # until the user calls set_timesteps
 
     def __len__(self) -> int:
@@ -178,7 +186,6 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         sigmas: torch.Tensor | list[float] | None = None,
-        noise_scale: float = 1.0,
     ) -> None:
         """
         Sets the noise levels and forgets any run in progress; call it before each run.
@@ -192,9 +199,6 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): Where to put `timesteps`; the CPU if left out.
             sigmas (`list[float]` or 1-D `torch.Tensor`, *optional*):
                 Your own N noise levels (before churn), positive and strictly decreasing; a 0 may end them.
-            noise_scale (`float`, defaults to 1.0):
-                Factor on all levels of the schedule, not on your own `sigmas`. For images of s times the sides, s
-                keeps the signal-to-noise ratio of the low frequencies (simple diffusion, arXiv 2301.11093).
 
         Raises:
             `ValueError`: if neither or contradicting arguments are given, or `sigmas` are not as described.
@@ -204,7 +208,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             levels = _check_sigmas(sigmas)
             if levels[-1] == 0:  # an explicit 0 at the end overrides `final_sigmas_type`
                 levels, final = levels[:-1], 0.0
-            if num_inference_steps not in (None, len(levels)):
+            if num_inference_steps is not None and real_number(num_inference_steps) != len(levels):
                 raise ValueError(
                     f"`num_inference_steps={num_inference_steps}` contradicts `sigmas`, which holds {len(levels)}"
                     " noise levels besides a final 0. Pass one of the two."
@@ -212,9 +216,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         elif num_inference_steps is None:
             raise ValueError("`set_timesteps` needs `num_inference_steps` or `sigmas`; both are None. Try 18 steps.")
         else:
-            _check_count("num_inference_steps", num_inference_steps)
-            _check_number("noise_scale", noise_scale, FLOAT32.tiny, FLOAT32.max, "1 leaves the schedule as it is")
-            levels = self._noise_levels(num_inference_steps) * noise_scale
+            levels = self._noise_levels(_check_count("num_inference_steps", num_inference_steps))
 
         # Algorithm 2, lines 4-6. The limits are compared in float32, so that s_tmax = sigma_max includes sigma_max.
         gamma = min(self.config.s_churn / len(levels), math.sqrt(2) - 1)
@@ -241,7 +243,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         ramp = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")  # whatever the default device is
         if self.config.sigma_schedule == "exponential":
             return high * (low / high) ** ramp
-        return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+        # So written it ends at `low` exactly: a difference of the two would round it to zero for small rho.
+        return ((1 - ramp) * high ** (1 / rho) + ramp * low ** (1 / rho)) ** rho
 
     def _noise_std(self, index: int) -> float:
         """Standard deviation of the noise in the sample of network call `index` (the sigma told, if s_noise is 1)."""
@@ -422,11 +425,14 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return EDMHeunSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
 
 
-def _check_number(name: str, value: float, low: float, high: float, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"`{name}` must be a Python number, but is {value!r}; {remedy}.")
-    if not low <= value <= high:  # false for NaN too
+def _check_number(name: str, value: float, low: float, high: float, remedy: str) -> float:
+    """The Python number of a real number in [low, high]."""
+    number = real_number(value)
+    if number is None:
+        raise ValueError(f"`{name}` must be a number, but is {value!r}; {remedy}.")
+    if not low <= number <= high:  # false for NaN too
         raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}], but is {value!r}; {remedy}.")
+    return number
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -434,9 +440,11 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+def _check_count(name: str, value: int) -> int:
+    count = real_number(value)
+    if not isinstance(count, int) or count < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+    return count
 
 
 def _check_begin(index: int, order: int) -> None:

@@ -1,0 +1,20 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What counts as a number: one rule for all numeric arguments."""
+
+import numbers
+
+import torch
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # without booleans
+
+
+def real_number(value) -> int | float | None:
+    """The Python number of a real number of Python, NumPy or torch, whose zero-dimensional arrays and tensors count,
+    too. None for anything else: booleans are no numbers.
+
+    >>> real_number(3), real_number(torch.tensor(0.5)), real_number(True), real_number("3")
+    (3, 0.5, None, None)
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
