@@ -5,6 +5,7 @@ import ast
 import contextlib
 import importlib
 import json
+import pkgutil
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
+import dfu_diffusers
 from dfu_diffusers import DFUModel, EDMHeunScheduler
 
 pytest.importorskip("accelerate")
@@ -157,6 +159,12 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     names = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert names == set(re.findall(r"\]\((\w+\.md)\)", index))
+
+
+def test_the_reference_names_what_there_is():
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference" / "index.md").read_text(), re.M)
+    found = [pkgutil.resolve_name(name) for name in names]
+    assert all(getattr(dfu_diffusers, name) in found for name in dfu_diffusers.__all__)
 
 
 def test_the_card_at_the_top_is_that_of_the_shipped_model():
