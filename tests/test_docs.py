@@ -173,17 +173,6 @@ def test_the_card_at_the_top_is_that_of_the_shipped_model():
     assert (ROOT / "model_card.md").read_text() == there
 
 
-def test_figures_of_the_pages_stand_where_they_were_measured():
-    """Tables that repeat a source do so digit by digit."""
-    readme, card = ((ROOT / path).read_text() for path in ("README.md", "checkpoints/dfu-portraits/README.md"))
-    agreement = re.findall(r"^\| \d+ \| [\d.]+x \|.*\|$", (ROOT / "docs" / "zero_shot.md").read_text(), re.M)
-    assert len(agreement) == 5 and all(row in readme for row in agreement)
-    losses = dict(re.findall(r"^\| (\d+(?:x\d+)?) \| (?:yes|no) \| .* \| ([\d.]+) \|$", card, re.M))
-    sentence = (ROOT / "docs" / "zero_shot.md").read_text().split("lose little.")[1].split("never trained")[0]
-    told = re.findall(r"(0\.\d{3})\s+at\s+(\d+(?:x\d+)?)", sentence)
-    assert len(told) == 7 and all(losses[size] == loss for loss, size in told)
-
-
 # --- Command lines ---
 
 
