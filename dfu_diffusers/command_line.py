@@ -60,7 +60,8 @@ def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Short hash of the repository's commit, with "-dirty" behind it where files differ."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -68,8 +69,9 @@ def git_commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
+    """Of a GPU; of the processor, as far as the system tells, with torch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.processor() or device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return f"{(names or [platform.processor() or device.type])[0]}, {torch.get_num_threads()} threads"

@@ -1,6 +1,7 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and names for contents."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -10,3 +11,8 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8", newline="")
     os.replace(partial, path)
+
+
+def digest(*parts: bytes) -> str:
+    """Twenty hexadecimal digits that stand for these bytes, in this order."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:20]

@@ -40,6 +40,7 @@ from dfu_diffusers.evaluation import extractors
 from dfu_diffusers.evaluation.collections import MIN_IMAGES, MIN_SIDE, Collection, Features, coarse_size
 from dfu_diffusers.evaluation.report import COLUMNS, FLOOR, HEADINGS, METRICS, Compared, Row, measure, sheet
 from dfu_diffusers.evaluation.sources import EvaluationError, ModelSource, Pictures, Portraits, Resized
+from dfu_diffusers.evaluation.tables import markdown
 from dfu_diffusers.files import write_atomically
 from dfu_diffusers.pipelines.dfu import STRATEGIES
 
@@ -281,18 +282,15 @@ class Evaluation:
 
     def _table(self, rows: list[Row]) -> str:
         columns = [column for column in HEADINGS if any(column in row.figures for row in rows)]
-        lines = [
-            f"{self._protocol()}, against {self.data}; trained at up to "
-            f"{format_resolution(self.training_size)} px. In brackets: 95% interval.",
-            "",
-            "| size | factor | " + " | ".join(["images", *(HEADINGS[column] for column in columns)]) + " |",
-            "|---" * (len(columns) + 3) + "|",
-        ]
+        lines = []
         for row in rows:
             facts = self._facts_of_row(row)
-            cells = [_cell(row.figures, column) for column in columns]
-            lines.append(" | ".join([f"| {facts['size']}", f"{facts['factor']:.2f}x", row.name, *cells]) + " |")
-        return "\n".join(lines) + "\n"
+            cells = {HEADINGS[column]: _cell(row.figures, column) for column in columns}
+            lines.append({"size": facts["size"], "factor": f"{facts['factor']:.2f}x", "images": row.name, **cells})
+        return (
+            f"{self._protocol()}, against {self.data}; trained at up to {format_resolution(self.training_size)} px. "
+            f"In brackets: 95% interval.\n\n{markdown(lines)}"
+        )
 
 
 def load_config(model: str) -> dict:

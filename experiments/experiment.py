@@ -31,15 +31,16 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from dfu_diffusers import DFUModel, DFUPipeline
+from dfu_diffusers.evaluation.sheets import contact_sheet
+from dfu_diffusers.evaluation.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x"}
 FAR = 2  # beyond this factor only some runs are sampled
 FAR_RUNS = ["dual-0", "spatial-0"]
-LABEL = 16  # px, height of a line of text in the picture
 COLUMNS = {"fd": "fidelity: Frechet distance", "coherence": "coherence: Frechet distance after averaging down"}
 CONFIG = {
     "block_out_channels": [32, 64, 64],
@@ -236,11 +237,12 @@ def table(rows: list[dict], column: str, heading: str, budget: Budget) -> str:
     factors = dict(zip(sizes, FACTORS.values()))
     values = by_kind(rows, column)
     sizes = [size for size in sizes if any(size in row for row in values.values())]
-    lines = [f"| {heading} | " + " | ".join(f"{size} px, {factors[size]}" for size in sizes) + " |"]
-    lines.append("|---" * (len(sizes) + 1) + "|")
-    for name, row in values.items():
-        lines.append(f"| {name} | " + " | ".join(numbers(row.get(size, [])) for size in sizes) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown(
+        [
+            {heading: name} | {f"{size} px, {factors[size]}": numbers(row.get(size, [])) for size in sizes}
+            for name, row in values.items()
+        ]
+    )
 
 
 def plot(rows: list[dict], path: Path, largest: int) -> None:
@@ -267,25 +269,21 @@ def plot(rows: list[dict], path: Path, largest: int) -> None:
     plt.close(figure)
 
 
-def picture(dual: DFUPipeline, spatial: DFUPipeline, seeds: int = 3, cell: int = 128) -> Image.Image:
+def picture(dual: DFUPipeline, spatial: DFUPipeline, seeds: int = 3) -> Image.Image:
     """The same seeds from 1x to 4x, a line each: sampled by `dual`, as it is and by the cascade; its sample at 1x
     enlarged bilinearly; and sampled by `spatial`."""
     side = dual.unet.config.sample_size
     sizes = [round(factor * side) for factor in FACTORS]
-    lines = 4
-    sheet = Image.new("RGB", (len(sizes) * cell, LABEL + seeds * (lines * cell + LABEL)), "white")
     smallest = samples(dual, side, seeds)
-    for column, (size, factor) in enumerate(zip(sizes, FACTORS.values())):
-        ImageDraw.Draw(sheet).text((column * cell + 2, 2), f"{size} px, {factor}", fill="black")
-        drawn = [samples(dual, size, seeds), samples(dual, size, seeds, strategy="cascade")]
-        drawn += [[image.resize((size, size), Image.Resampling.BILINEAR) for image in smallest]]
-        drawn += [samples(spatial, size, seeds)]
-        for seed, images in enumerate(zip(*drawn)):
-            for line, image in enumerate(images):
-                top = LABEL + seed * (lines * cell + LABEL) + line * cell
-                how = Image.Resampling.BOX if size > cell else Image.Resampling.NEAREST
-                sheet.paste(image.resize((cell, cell), how), (column * cell, top))
-    return sheet
+    rows = {f"seed {seed}, {name}": [] for seed in range(seeds) for name in ("DFU", "cascade", "enlarged", "UNet")}
+    for size in sizes:
+        drawn = {"DFU": samples(dual, size, seeds), "cascade": samples(dual, size, seeds, strategy="cascade")}
+        drawn["enlarged"] = [image.resize((size, size), Image.Resampling.BILINEAR) for image in smallest]
+        drawn["UNet"] = samples(spatial, size, seeds)
+        for name, images in drawn.items():
+            for seed, image in enumerate(images):
+                rows[f"seed {seed}, {name}"].append(image)
+    return contact_sheet(rows, columns=[f"{size} px, {factor}" for size, factor in zip(sizes, FACTORS.values())])
 
 
 def samples(pipe: DFUPipeline, size: int, seeds: int, **options) -> list[Image.Image]:
@@ -340,14 +338,14 @@ def claims(rows: list[dict], budget: Budget) -> str:
         ),
         ("sampling directly beats enlarging: fidelity", "fd", "dual", "dual, lanczos", (third, two_thirds, two)),
     ]
-    lines = ["| claim | measure | here | reproduced |", "|---|---|---|---|"]
+    lines = []
     for claim, column, ours, theirs, sizes in compared:
         found = [(size, values[column][ours][size], values[column][theirs][size]) for size in sizes]
         if not all(a and b for _, a, b in found):  # a run is missing
             continue
         cells = "; ".join(f"{size} px {numbers(a)} against {numbers(b)}" for size, a, b in found)
-        lines.append(f"| {claim} | {COLUMNS[column]} | {cells} | {verdict(found)} |")
-    return "\n".join(lines) + "\n"
+        lines.append({"claim": claim, "measure": COLUMNS[column], "here": cells, "reproduced": verdict(found)})
+    return markdown(lines)
 
 
 def numbers(values: list[float]) -> str:

@@ -10,10 +10,12 @@ import argparse
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from dfu_diffusers import DFUPipeline
 from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
 from dfu_diffusers.data.resolutions import parse_resolution
+from dfu_diffusers.evaluation.tables import markdown
 from dfu_diffusers.training.losses import edm_loss
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
@@ -40,10 +42,11 @@ def main(argv=None) -> None:
     parser.add_argument("--count", type=int, default=512, help="portraits of each size")
     args = parser.parse_args(argv)
     pipe = DFUPipeline.from_pretrained(args.model)
-    print("| size | held-out loss | standard error |\n|---|---|---|")
-    for text in args.sizes:
+    rows = []
+    for text in tqdm(args.sizes, unit="size"):
         loss, error = heldout_loss(pipe, parse_resolution(text), args.count)
-        print(f"| {text} | {loss:.4f} | {error:.4f} |", flush=True)
+        rows.append({"size": text, "held-out loss": f"{loss:.4f}", "standard error": f"{error:.4f}"})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dfu_diffusers import DFUInpaintPipeline, EDMHeunScheduler
+from dfu_diffusers.evaluation.tables import markdown
 from pictures import portraits, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,8 @@ def main(argv=None) -> dict[str, float]:
     args = parser.parse_args(argv)
     pipe = DFUInpaintPipeline.from_pretrained(args.model)
     truth, holes = portraits(args.count, args.size), masks(args.count, args.size)
-    columns, jumps = [truth, np.where(holes[..., None], 255, truth)], {"truth": edge_jump(truth, holes)}
+    columns = {"truth": truth, "known": np.where(holes[..., None], 255, truth)}
+    jumps = {"truth": edge_jump(truth, holes)}
     for seamless, churn in itertools.product((False, True), args.churn):
         pipe.scheduler = EDMHeunScheduler.from_config(pipe.scheduler.config, s_churn=churn)
         images = pipe(
@@ -62,13 +64,12 @@ def main(argv=None) -> dict[str, float]:
             generator=[torch.Generator().manual_seed(i) for i in range(args.count)],
             seamless=seamless,
         ).images
-        columns.append(np.stack([np.asarray(image) for image in images]))
         name = f"{'seamless' if seamless else 'replaced'}, s_churn {churn:g}"
-        jumps[name] = edge_jump(columns[-1], holes)
+        columns[name] = np.stack([np.asarray(image) for image in images])
+        jumps[name] = edge_jump(columns[name], holes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet([column[:6] for column in columns], args.output.with_suffix(".png"))
-    print("| | jump at the edge, 1/255 |\n|---|---|")
-    print("\n".join(f"| {name} | {jump:.2f} |" for name, jump in jumps.items()))
+    sheet(columns).save(args.output.with_suffix(".png"))
+    print(markdown([{"pictures": name, "jump at the edge, 1/255": jump} for name, jump in jumps.items()]))
     return jumps
 
 

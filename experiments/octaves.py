@@ -18,6 +18,7 @@ octaves.md and octaves.png there, after each size.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ from dfu_diffusers.models.modes import octave_sizes, to_modes
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 
-SIZES = [(64, 64), (85, 85), (128, 128), (192, 192), (256, 256), (512, 512), (97, 97), (96, 192)]
+SIZES = [(64, 64), (85, 85), (97, 97), (128, 128), (96, 192), (192, 192), (256, 256), (512, 512)]
+ROWS = ("octaves", "enlarged", "direct", "cascade", "real")
 FIGURES = {
     "fd": "FD", "above": "above real", "coherence": "coherence", "patch_fd": "patches", "spectrum": "spectrum",
     "agreement": "PSNR to small, dB",
@@ -131,12 +133,11 @@ class Comparison:
 
 def sheet(drawn: dict[Size, dict[str, Collection]], shown: int):
     """A column for each size; the first pictures of each row of the table beneath each other."""
-    names = list(dict.fromkeys(name for collections in drawn.values() for name in collections))
     rows = {}
-    for name in names:
+    for i, name in itertools.product(range(shown), ROWS):
         found = [collections.get(name) for collections in drawn.values()]
-        for i in range(shown):
-            label = f"{name}, {next(each for each in found if each).indices[i]}"
+        if any(found):
+            label = f"{name}, {next(filter(None, found)).indices[i]}"
             rows[label] = [each and each.pixels([each.indices[i]])[0] for each in found]
     return contact_sheet(rows, height=256, columns=list(map(format_resolution, drawn)))
 

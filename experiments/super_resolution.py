@@ -1,21 +1,22 @@
 #!/usr/bin/env python
 """How good are enlarged portraits and photographs, beside bicubic and Lanczos interpolation?
 
-    python experiments/super_resolution.py [--model checkpoints/dfu-portraits] [--side 32] [--scales 1.5 2 2.7 4]
+    python experiments/super_resolution.py [--model checkpoints/dfu-portraits] [--side 32] [--scales 1.25 1.5 2 3 4]
 
-Held-out portraits, rendered at 512 px, are area-averaged to each size, which is the truth, and to --side pixels, which
-is the input: as a camera does it. (An input averaged from the truth itself would favour consistency where the factor
-is no integer.) With --photographs, squares of those that come with scikit-image and scikit-learn take their place.
-Prints a Markdown table and writes it, OUTPUT.csv and a picture, OUTPUT.png (input, each method, truth).
+Held-out portraits, rendered at 512 px, are area-averaged to each size, which is the truth, and shrunk to --side
+pixels, which is the input: averaged as a camera does it, or by --shrink bicubic. (An input averaged from the truth
+itself would favour consistency where the factor is no integer.) With --photographs, squares of those that come with
+scikit-image and scikit-learn take their place. Writes OUTPUT.csv, OUTPUT.md and a picture, OUTPUT.png (input, each
+method, truth).
 
-PSNR in dB and SSIM (torchmetrics) compare each image with its truth: higher is better, and smooth images win. The
-Frechet distance of the portrait reader's features compares the sets: lower is better, and detail that portraits do not
-have loses; it needs more than 96 images. Consistency error: largest difference of an 8-bit result, area-averaged to
-the input's size, from the input, in 1/255.
+PSNR in dB and SSIM (torchmetrics) compare each image with its truth: higher is better, and smooth images win, so that
+the mean of several samples has a row, too. Frechet and kernel distance (KID times 1000) of the portrait reader's
+features compare the sets: lower is better, and detail that portraits do not have loses; the first needs more than 96
+images. Consistency error: largest difference of an 8-bit result, area-averaged to the input's size, from the input, in
+1/255.
 """
 
 import argparse
-import csv
 import time
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm.auto import tqdm
 
 from dfu_diffusers import DFUSuperResolutionPipeline
 from dfu_diffusers.evaluation.extractors import load_extractor
-from dfu_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance
-from dfu_diffusers.evaluation.sources import to_bytes
+from dfu_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, psnr
+from dfu_diffusers.evaluation.sources import to_bytes, to_floats
+from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.pipelines.super_resolution import AreaAverage
-from pictures import portraits, sheet
+from pictures import FINEST, portraits, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
@@ -52,13 +55,8 @@ def photographs(size: int) -> np.ndarray:
     return np.concatenate(images)
 
 
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(n, h, w, c) bytes to (n, c, h, w) in [0, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
-
-
 def averaged(pixels: np.ndarray, size: int) -> np.ndarray:
-    return to_bytes(2 * resample(to_tensor(pixels), (size, size)) - 1)
+    return to_bytes(resample(to_floats(pixels), (size, size)))
 
 
 def interpolated(pixels: np.ndarray, size: int, resampling) -> np.ndarray:
@@ -67,94 +65,86 @@ def interpolated(pixels: np.ndarray, size: int, resampling) -> np.ndarray:
 
 def projected(pixels: np.ndarray, size: int) -> np.ndarray:
     """What the pipeline's data consistency alone makes of bicubic interpolation, without a network."""
-    average = AreaAverage(2 * to_tensor(pixels) - 1, (size, size))
-    return to_bytes(average.project_into_range(2 * to_tensor(interpolated(pixels, size, FILTERS["bicubic"])) - 1))
+    average = AreaAverage(to_floats(pixels), (size, size))
+    return to_bytes(average.project_into_range(to_floats(interpolated(pixels, size, FILTERS["bicubic"]))))
 
 
-def enlarged(pipe, pixels: np.ndarray, size: int, **options) -> np.ndarray:
-    """By the pipeline, each image from noise of its own; 8 bits."""
-    generators = [torch.Generator().manual_seed(i) for i in range(len(pixels))]
-    images = pipe(
-        [Image.fromarray(each) for each in pixels], size, generator=generators, max_batch_size=16, **options
-    ).images
-    return np.stack([np.asarray(image) for image in images])
+def enlarged(pipe, pixels: np.ndarray, size: int, samples: int = 1, **options) -> np.ndarray:
+    """By the pipeline, the mean of some samples of each image, each from noise of its own; 8 bits."""
+    total, images = 0, [Image.fromarray(each) for each in pixels]
+    for sample in range(samples):
+        seeds = range(sample * len(pixels), (sample + 1) * len(pixels))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = dict(generator=generators, max_batch_size=16, output_type="pt") | options
+        total = total + pipe(images, size, **options).images
+    return to_bytes(2 * total / samples - 1)
 
 
-def measure(result: np.ndarray, truth: np.ndarray, small: np.ndarray, extractor=None) -> dict[str, float]:
-    """The columns of the table; the Frechet distance only with an extractor and enough images."""
-    x, y = to_tensor(result), to_tensor(truth)
-    error = (resample(x, small.shape[1:3]) - to_tensor(small)).abs().max().item()
-    figures = {
-        "psnr": peak_signal_noise_ratio(x, y, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean").item(),
-        "ssim": structural_similarity_index_measure(x, y, data_range=1.0).item(),
-        "frechet": float("nan"),
-        "consistency": 255 * error,
+def measure(result: np.ndarray, truth: np.ndarray, small: np.ndarray, extractor=None) -> dict[str, float | None]:
+    """Columns of the table; distances only with an extractor and enough images."""
+    x, y, given = (to_floats(pixels) for pixels in (result, truth, small))
+    features = [extractor(images) for images in (y, x)] if extractor is not None else []
+    enough = features and len(x) > extractor.dim
+    return {
+        "PSNR, dB": psnr(x, y).mean().item(),
+        "SSIM": structural_similarity_index_measure(x, y, data_range=2.0).item(),
+        "Frechet": frechet_distance(*map(statistics, features)) if enough else None,
+        "KID, 1/1000": 1000 * kernel_distance(*features, resamples=1)[0] if features else None,
+        "consistency, 1/255": 127.5 * (resample(x, given.shape[-2:]) - given).abs().max().item(),
     }
-    if extractor is not None and len(x) > extractor.dim:
-        statistics = FeatureStatistics(), FeatureStatistics()
-        for each, images in zip(statistics, (x, y)):
-            each.update(extractor(2 * images - 1))
-        figures["frechet"] = frechet_distance(*statistics)
-    return figures
+
+
+def statistics(features: torch.Tensor) -> FeatureStatistics:
+    result = FeatureStatistics()
+    result.update(features)
+    return result
 
 
 def main(argv=None) -> list[dict]:
     """Returns the rows of the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
-    parser.add_argument("--side", type=int, default=32, help="of the images to enlarge")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.5, 2, 2.7, 4])
-    parser.add_argument("--count", type=int, default=100, help="portraits")
-    parser.add_argument("--steps", type=int, default=18, help="of the whole schedule")
-    parser.add_argument("--strengths", type=float, nargs="+", help="(default: the pipeline's own)")
-    parser.add_argument("--photographs", action="store_true", help="enlarge photographs rather than portraits")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "super_resolution", help="without suffix")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"), help="folder of a saved pipeline, or its id")
+    add("--side", type=int, default=32, help="of the images to enlarge")
+    add("--scales", type=float, nargs="+", default=[1.25, 1.5, 2, 3, 4])
+    add("--shrink", choices=["averaging", "bicubic"], default="averaging", help="how the input is made")
+    add("--count", type=int, default=100, help="portraits")
+    add("--samples", type=int, default=16, help="of each image, whose mean has a row")
+    add("--photographs", action="store_true", help="enlarge photographs rather than portraits")
+    add("--threads", type=int, help="of the CPU (default: torch's own choice)")
+    add("--output", type=Path, default=ROOT / "outputs" / "super_resolution", help="without suffix")
+    args = parse(parser, argv)
+    args.device = "cpu"
     pipe = DFUSuperResolutionPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
     extractor = None if args.photographs else load_extractor("portrait")
-    pictures = photographs if args.photographs else (lambda size: portraits(args.count, size))
+    pictures = photographs if args.photographs else partial(portraits, args.count)
+    small = pictures(args.side)
+    if args.shrink == "bicubic":
+        small = interpolated(pictures(FINEST), args.side, FILTERS["bicubic"])
 
-    rows, shown = [], []
-    settings = [{"strength": value} for value in args.strengths or []] or [{}]
-    settings = [{**each, "consistency": value} for each in settings for value in (True, False)]
+    rows = []
     for scale in args.scales:
         size = round(scale * args.side)
-        truth, small = pictures(size), pictures(args.side)
+        truth, columns = pictures(size), {"input": small}
+        draw = partial(enlarged, pipe, small, size)
         methods = {name: partial(interpolated, small, size, f) for name, f in FILTERS.items()}
-        methods["bicubic, projected"] = partial(projected, small, size)
-        for options in settings:
-            name = "DFU, consistent" if options["consistency"] else "DFU, free"
-            name += f", strength {options['strength']}" if "strength" in options else ""
-            methods[name] = partial(enlarged, pipe, small, size, num_inference_steps=args.steps, **options)
-        shown = [small]
-        for name, method in methods.items():
+        methods |= {
+            "bicubic, projected": partial(projected, small, size),
+            "DFU, consistent": partial(draw, consistency=True),
+            "DFU, free": partial(draw, consistency=False),
+            f"DFU, mean of {args.samples}": partial(draw, samples=args.samples),
+        }
+        for name, method in tqdm(methods.items(), desc=f"{size} px", unit="method"):
             start = time.perf_counter()
-            shown.append(method())
+            columns[name] = method()
             seconds = (time.perf_counter() - start) / len(small)
-            row = {"size": size, "method": name, **measure(shown[-1], truth, small, extractor), "seconds": seconds}
-            rows.append(row)
-            print(markdown(rows[-1:], header=len(rows) == 1), flush=True)
-        shown.append(truth)
-
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(shown, args.output.with_suffix(".png"))
-    args.output.with_suffix(".md").write_text(markdown(rows) + "\n")
-    with open(args.output.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+            figures = measure(columns[name], truth, small, extractor)
+            rows.append({"size": size, "method": name, **figures, "s per image": seconds})
+        title = f"Enlarged from {args.side} px, made by {args.shrink}."
+        report(rows, title, "python experiments/super_resolution.py", args)
+    sheet(columns | {"truth": truth}).save(args.output.with_suffix(".png"))
     return rows
-
-
-def markdown(rows: list[dict], header: bool = True) -> str:
-    lines = ["| size | method | PSNR, dB | SSIM | Frechet | consistency, 1/255 | s per image |", "|" + "---|" * 7]
-    lines = lines if header else []
-    for r in rows:
-        lines.append(
-            f"| {r['size']} | {r['method']} | {r['psnr']:.2f} | {r['ssim']:.4f} | {r['frechet']:.2f} | "
-            f"{r['consistency']:.2f} | {r['seconds']:.3f} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

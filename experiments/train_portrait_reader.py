@@ -27,6 +27,7 @@ from dfu_diffusers.evaluation.extractors import (
     load_extractor,
 )
 from dfu_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance
+from dfu_diffusers.evaluation.tables import markdown
 from dfu_diffusers.training.checkpoints import replace_contents
 
 TRAINING, HELD_OUT = 10_002, 10_001  # series of portraits
@@ -165,22 +166,14 @@ def distances(extractor, size: int, count: int) -> dict[str, float]:
 
 def report(extractor, count: int) -> None:
     """Prints Markdown tables of `accuracy` and `distances`."""
-    scores = {size: accuracy(extractor, size, count) for size in R2_SIZES}
-    print_row("size", *scores)
-    print("|" + "---|" * (1 + len(scores)))
-    print_row("**mean R^2**", *(f"**{score.mean():.3f}**" for score in scores.values()))
+    scores = {str(size): accuracy(extractor, size, count) for size in R2_SIZES}
+    rows = [{"size": "**mean R^2**"} | {size: f"**{score.mean():.3f}**" for size, score in scores.items()}]
     for i, parameter in enumerate(PARAMETERS):
-        print_row(f"`{parameter.name}`", *(f"{score[i]:.2f}" for score in scores.values()))
-    print()
-    found = {size: distances(extractor, size, count) for size in FRECHET_SIZES}
-    print_row("change", *(f"{size} px" for size in found))
-    print("|" + "---|" * (1 + len(found)))
-    for name in found[FRECHET_SIZES[0]]:
-        print_row(name, *(f"{found[size][name]:.3f}" for size in found))
-
-
-def print_row(*cells) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        rows.append({"size": f"`{parameter.name}`"} | {size: f"{score[i]:.2f}" for size, score in scores.items()})
+    print(markdown(rows))
+    found = {f"{size} px": distances(extractor, size, count) for size in FRECHET_SIZES}
+    names = next(iter(found.values()))
+    print(markdown([{"change": name} | {size: f"{row[name]:.3f}" for size, row in found.items()} for name in names]))
 
 
 def main(argv=None) -> None:

@@ -167,7 +167,7 @@ def test_the_benchmark_of_pipelines(tmp_path, capsys):
     variants = ["float32", "bfloat16", "float32+direct"]
     assert [(row["size"], row["variant"]) for row in rows] == [(size, name) for size in (8, 16) for name in variants]
     assert rows[0]["beside 8 px"] == 1 and rows[1]["PSNR to float32, dB"] > 30 > rows[-1]["PSNR to float32, dB"]
-    assert Image.open(tmp_path / "pipeline.png").size == (2 * 128, 3 * 128)
+    assert Image.open(tmp_path / "pipeline.png").size == (2 * 130, 16 + 3 * 146)
     with pytest.raises(SystemExit):
         bench_pipeline.main([*options, "--variants", "bfloat16+fast"])
     assert "--variants bfloat16+fast: one of float32" in capsys.readouterr().err
@@ -237,19 +237,18 @@ def test_the_training_benchmark_runs_the_script_s_own_step(tmp_path, capsys):
 
 
 def test_enlarged_portraits_are_measured(tmp_path, capsys):
-    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
-    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
-    options = ["--model", str(tmp_path / "model"), "--side", "16", "--scales", "2", "--count", "3", "--steps", "2"]
+    save_octaves(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--side", "16", "--scales", "2", "--count", "3", "--samples", "2"]
     rows = super_resolution.main([*options, "--output", str(tmp_path / "table")])
-    names = ["bicubic", "Lanczos", "bicubic, projected", "DFU, consistent", "DFU, free"]
+    names = ["bicubic", "Lanczos", "bicubic, projected", "DFU, consistent", "DFU, free", "DFU, mean of 2"]
     assert [row["method"] for row in rows] == names and {row["size"] for row in rows} == {32}
-    assert [row["consistency"] <= 1 for row in rows] == [False, False, True, True, False]
-    assert all(row["psnr"] > 15 and 0.5 < row["ssim"] < 1 for row in rows)
-    assert len(list(csv.DictReader(open(tmp_path / "table.csv")))) == 5 and (tmp_path / "table.png").is_file()
-    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out.replace("\n\n", "\n")
+    assert [row["consistency, 1/255"] <= 1 for row in rows] == [False, False, True, True, False, True]
+    assert all(row["PSNR, dB"] > 12 and 0.3 < row["SSIM"] < 1 and row["Frechet"] is None for row in rows)
+    assert len(list(csv.DictReader(open(tmp_path / "table.csv")))) == 6 and (tmp_path / "table.png").is_file()
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     truth = pictures.portraits(3, 32)
     figures = super_resolution.measure(truth, truth, super_resolution.averaged(truth, 16))
-    assert figures["ssim"] > 0.999 and figures["consistency"] < 0.51
+    assert figures["SSIM"] > 0.999 and figures["consistency, 1/255"] < 0.51
 
 
 class Means:
@@ -375,9 +374,9 @@ def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypat
     rows = list(csv.DictReader(open("results/experiment.csv")))
     drawn = {(row["run"], row["size"]) for row in rows if row["method"] == "model"}
     assert len(drawn) == 4 * 4 + 2 * 2 and ("dual-8-0", "24") in drawn and ("spatial-0", "48") in drawn
-    assert Image.open("results/experiment_samples.png").size[0] == 6 * 128
+    assert Image.open("results/experiment_samples.png").size[0] == 6 * 130
     experiment.main(["picture", "out/dual-0", "out/spatial-0", *options])
-    assert Image.open("out/samples.png").size == (6 * 128, 16 + 2 * (4 * 128 + 16))
+    assert Image.open("out/samples.png").size == (6 * 130, 16 + 2 * 4 * 146)
     with pytest.raises(SystemExit):
         experiment.main(["picture", "out/dual-0"])
 

@@ -138,7 +138,7 @@ def test_a_run_leaves_table_curves_sheet_and_a_valid_card(tmp_path, model, monke
     table = (tmp_path / "results.md").read_text()
     assert table.count("\n| ") == 7 and "| 20x31 | 1.56x | tiny, lanczos |" in table
     assert Image.open(tmp_path / "curves.png").size[0] > 800
-    assert Image.open(tmp_path / "samples.png").size[1] == 6 * 144
+    assert Image.open(tmp_path / "samples.png").size[1] == 6 * 146
 
     text = (model / hub.CARD).read_text()
     hub.check_card(text)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data.portraits import PARAMETERS
+from ..files import digest
 
 PORTRAIT_READER = Path(__file__).resolve().parent.parent / "assets" / "portrait-reader"
 
@@ -434,5 +435,4 @@ def _from_pretrained(kind: str, class_name: str, source: str) -> nn.Module:
 def _digest(network: nn.Module) -> str:
     """Twelve hexadecimal digits that stand for the weights, whatever their names and order, which libraries change."""
     tensors = [tensor.cpu().contiguous() for tensor in network.state_dict().values() if tensor.is_floating_point()]
-    digests = sorted(hashlib.sha256(tensor.numpy()).digest() for tensor in tensors)
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
+    return digest(*sorted(hashlib.sha256(tensor.numpy()).digest() for tensor in tensors))[:12]

@@ -480,6 +480,15 @@ def _autocorrelation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return covariance / scale.sqrt(), pixels / area
 
 
+def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB, (n,), of images and others in [-1, 1], (n, c, h, w); infinite where equal.
+
+    >>> psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.02))  # a hundredth of the range
+    tensor([40.])
+    """
+    return 10 * torch.log10(4 / (images - others).square().mean((1, 2, 3)))
+
+
 def agreement(small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
     """PSNR in dB, (n,), between each image of `small` and the one of `large` averaged down to its size.
 
@@ -495,8 +504,7 @@ def agreement(small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
             f"The sets differ: small is {tuple(small.shape)}, large is {tuple(large.shape)}. Give equal numbers of "
             f"images and channels."
         )
-    errors = (box_downsample(large, small.shape[-2:]) - small).square().mean((1, 2, 3))
-    return 10 * torch.log10(4 / errors)  # the range from -1 to 1, squared
+    return psnr(box_downsample(large, small.shape[-2:]), small)
 
 
 def wrap_seam(images: torch.Tensor) -> torch.Tensor:

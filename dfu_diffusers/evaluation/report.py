@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..data.resolutions import Size, format_resolution
 from . import metrics
 from .collections import Collection
+from .sheets import contact_sheet
 
 
 class Compared(NamedTuple):
@@ -131,15 +131,7 @@ class Row:
         return self.compared.samples.size
 
 
-def sheet(rows: list[Row], number: int = 6, cell: int = 128) -> Image.Image:
-    """The first images of each row of the table, shown at one height; pixels stay visible."""
-    label, widest = 16, max(round(cell * row.size[1] / row.size[0]) for row in rows)
-    canvas = Image.new("RGB", (number * (widest + 2), len(rows) * (cell + label)), "white")
-    for place, row in enumerate(rows):
-        samples, top = row.compared.samples, place * (cell + label)
-        width = round(cell * row.size[1] / row.size[0])
-        ImageDraw.Draw(canvas).text((2, top + 2), f"{format_resolution(row.size)} {row.name}", fill="black")
-        for column, pixels in enumerate(samples.pixels(samples.indices[:number])):
-            image = Image.fromarray(np.broadcast_to(pixels, (*row.size, 3)).copy())
-            canvas.paste(image.resize((width, cell), Image.Resampling.NEAREST), (column * (widest + 2), top + label))
-    return canvas
+def sheet(rows: list[Row], number: int = 6) -> Image.Image:
+    """The first images of each row of the table."""
+    samples = {f"{format_resolution(row.size)} {row.name}": row.compared.samples for row in rows}
+    return contact_sheet({label: list(each.pixels(each.indices[:number])) for label, each in samples.items()})

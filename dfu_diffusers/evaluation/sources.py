@@ -1,7 +1,6 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Sources of images: a model, upsampling, real images; and how pixels are resized and kept."""
 
-import hashlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from PIL import Image
 
 from ..data.portraits import portrait_parameters, render_portraits
 from ..data.resolutions import Size, format_resolution
+from ..files import digest
 
 HELD_OUT_SERIES = 20_002  # of portraits: neither trained on (--seed) nor validated on (--seed + 10_001)
 
@@ -79,7 +79,7 @@ class ModelSource:
 
     def key(self, size: Size) -> dict:
         config = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
-        name = f"{type(self.pipe.scheduler).__name__} {_digest(json.dumps(config, sort_keys=True).encode())}"
+        name = f"{type(self.pipe.scheduler).__name__} {digest(json.dumps(config, sort_keys=True).encode())}"
         return {"weights": self.digest, "scheduler": name, **self.options}
 
     def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
@@ -98,17 +98,11 @@ class ModelSource:
 
 def weights_digest(model: torch.nn.Module) -> str:
     """Names a model by its configuration and weights, wherever and in whatever files these lie."""
-    digest = hashlib.sha256()
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    parts = [json.dumps(config, sort_keys=True).encode()]
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:20]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:20]
+        parts += [name.encode(), tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)
 
 
 class Resized:

@@ -3,13 +3,12 @@
 
 import argparse
 import csv
-import platform
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
+
+from ..command_line import device_name, git_commit
 
 
 def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
@@ -22,24 +21,14 @@ def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
 
 
 def setting(device: str) -> dict:
-    """Where a figure comes from: device, threads, versions and commit."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
-
-
-def cpu_name() -> str:
-    """What Linux calls the processor, or Python's word for it elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    """Where a figure comes from: device with threads, version of torch and commit."""
+    return {"device": device_name(torch.device(device)), "torch": torch.__version__, "commit": git_commit()}
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table of rows with the same keys; numbers to three digits."""
+    """A table of rows with the same keys; numbers to three digits. Nothing where there are no rows."""
+    if not rows:
+        return ""
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in rows]
     return "\n".join(lines) + "\n"
