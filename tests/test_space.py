@@ -17,10 +17,11 @@ import pytest
 import requests
 import torch
 import yaml
+from conftest import redraw
 from diffusers import EDMDPMSolverMultistepScheduler
 from PIL import Image
 
-from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUPipeline, DFURefiner, DFUSuperResolutionPipeline, EDMHeunScheduler
 
 gr = pytest.importorskip("gradio")
 from examples.space import app  # noqa: E402
@@ -30,7 +31,7 @@ SPACE = ROOT / "examples" / "space"
 LAYOUT = {"strategy": "direct", "tileable": "none"}
 GENERATE = {"height": 7, "width": 5, "count": 2, **LAYOUT}
 COMPARE = {"sizes": "5, 8x6", **LAYOUT}
-ENLARGE = {"picture": None, "scale": 2.7, "strength": 1, "consistency": True}
+ENLARGE = {"picture": None, "scale": 2.7, "strength": 1, "noise_level": 0, "consistency": True}
 INPUTS = {"generate": GENERATE, "compare": COMPARE, "enlarge": ENLARGE}
 SETTINGS = {"seed": 3, "steps": 2, "sampler": "EDM Heun", "churn": 0, "label": None}
 
@@ -119,9 +120,8 @@ def test_models_that_make_no_pictures_are_refused(saved):
 # --- Beyond the model's own size, 12 pixels ---
 
 
-@pytest.mark.parametrize("strategy", ["guided", "cascade"])
 @pytest.mark.parametrize("sampler", app.SAMPLERS)
-def test_a_strategy_is_the_pipelines(studio, folder, strategy, sampler):
+def test_a_strategy_is_the_pipelines(studio, folder, sampler, strategy="cascade"):
     if sampler == "EDM Heun":
         pipe = DFUPipeline.from_pretrained(folder)
         generator = [torch.Generator().manual_seed(3)]
@@ -143,13 +143,48 @@ def test_progress_tells_the_size_that_a_cascade_has_reached(studio):
     assert shares[2] == 0.5
 
 
-def test_the_small_pictures_of_guided_ones_count(studio):
-    """Of the 1,000 pixels of a request: 2 x 20 x 20 = 800 are free, 2 x 12 x 12 more are not."""
-    inputs = {"height": 20, "width": 20, "count": 2}
-    assert len(draw(studio.generate, **inputs, strategy="cascade")) == 2
-    with pytest.raises(gr.Error, match="1,088 pixels are more than the 1,000"):
-        draw(studio.generate, **inputs, strategy="guided")
-    assert len(draw(studio.compare, sizes="12, 11, 10, 20x21", strategy="guided")) == 4  # 929: one is larger
+# --- With a refiner ---
+
+
+@pytest.fixture(scope="module")
+def octaves(make_model, tmp_path_factory):
+    """A folder of a pipeline whose own size, that of its refiner, is 24 pixels, and the pipeline."""
+    refiner = redraw(DFURefiner(hidden_channels=8, num_layers=1, sample_size=24, coarse_size=8)).eval()
+    pipe = DFUPipeline(make_model(sample_size=8), EDMHeunScheduler(), refiner=refiner)
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("octaves"))
+    return folder, pipe
+
+
+def test_with_a_refiner_the_page_draws_octaves(octaves):
+    folder, pipe = octaves
+    studio, seen = app.Studio(folder), []
+    assert studio.own_size == (24, 24)
+    pictures = draw(studio.compare, sizes="20x31", strategy="octaves", progress=lambda done, desc: seen.append(desc))
+    expected = pipe(1, 20, 31, 2, generator=[torch.Generator().manual_seed(3)]).images[0]
+    np.testing.assert_array_equal(pictures[0][2], np.asarray(expected))
+    assert list(dict.fromkeys(seen)) == [
+        "Drawing 20x31, now at 8x8", "Drawing 20x31, now at 16x16", "Drawing 20x31"
+    ]  # fmt: skip
+    with pytest.raises(gr.Error, match="There is no strategy cascade: choose one of octaves."):
+        draw(studio.compare, strategy="cascade")
+    components = [block["props"] for block in app.build(studio).config["components"]]
+    visible = {props["label"]: props.get("visible", True) for props in components if props.get("label")}
+    assert visible["Noise"] and not visible["Strength"] and not visible["Strategy"]
+
+
+def test_with_a_refiner_the_page_adds_detail_to_an_upload(octaves, upload):
+    folder, pipe = octaves
+    image = Image.fromarray(noise(9, 10))
+    pipe = DFUSuperResolutionPipeline.from_pipe(pipe)
+    options = {"noise_level": 0.1, "consistency": False}
+    expected = pipe(image, scale=1.5, generator=[torch.Generator().manual_seed(3)], **options).images[0]
+    ((_, _, picture),) = draw(app.Studio(folder).enlarge, picture=upload(image), scale=1.5, **options)
+    np.testing.assert_array_equal(picture, np.asarray(expected))
+    with pytest.raises(gr.Error, match="The noise cannot be 3: choose a number from 0 to 0.5"):
+        draw(app.Studio(folder).enlarge, picture=upload(image), noise_level=3)
+
+
+# --- Tiles ---
 
 
 @pytest.mark.parametrize("tileable", ["x", "y", "xy"])
@@ -165,7 +200,7 @@ def test_tileable_pictures(studio, folder, tileable):
 
 def test_what_a_model_cannot_do_is_refused(saved):
     studio = app.Studio(saved(spectral_boundary="mirror"))
-    with pytest.raises(gr.Error, match="tileable='x' joins edges that this model's spectral_boundary"):
+    with pytest.raises(gr.Error, match="tileable='x'. joins edges that this model's spectral_boundary"):
         draw(studio.generate, tileable="x")
     assert not studio.running and not studio.network.locked()
 
@@ -256,6 +291,14 @@ def test_uploads_of_any_kind_become_the_models(saved, studio, upload):
         assert draw(grey.enlarge, picture=picture, scale=2)[0][2].shape == (8, 12), name
 
 
+def test_an_upload_means_what_it_means_in_training(upload):
+    for image, colour in [
+        (Image.new("I;16", (2, 2), 257 * 100), (100, 100, 100)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), (255, 255, 255)),
+    ]:
+        assert app.read_upload(upload(image), 64, "RGB").getpixel((0, 0)) == colour
+
+
 def test_uploads_that_cannot_be_enlarged(studio, upload, tmp_path, monkeypatch):
     whole = Path(upload(Image.fromarray(noise(32, 32)))["path"]).read_bytes()
     fine = upload(Image.fromarray(noise(10, 20)))
@@ -320,7 +363,7 @@ def test_uploads_that_cannot_be_enlarged(studio, upload, tmp_path, monkeypatch):
             {"sampler": "<b>DDPM"},
             "There is no sampler &lt;b&gt;DDPM: choose one of EDM Heun, EDM Euler, DPM-Solver++.",
         ),
-        ({"strategy": "<b>"}, "There is no strategy &lt;b&gt;: choose one of direct, guided, cascade."),
+        ({"strategy": "<b>"}, "There is no strategy &lt;b&gt;: choose one of direct, cascade."),
         ({"tileable": "z"}, "There is no tiling z: choose one of none, x, y, xy."),
         ({"height": 32, "width": 16}, "1,024 pixels are more than the 1,000 of one request: choose fewer or smaller"),
         ({"sizes": ""}, "The list has 0 sizes: write 1 to 4 of them, such as 32, 48, 96x64."),
@@ -331,7 +374,8 @@ def test_uploads_that_cannot_be_enlarged(studio, upload, tmp_path, monkeypatch):
         ({"sizes": "-5"}, "-5 is no size"),
         ({"sizes": "5x"}, "5x is no size"),
         ({"sizes": "5x65"}, "A side of 5x65 cannot be 65: choose a whole number from 1 to 64."),
-        ({"sizes": "9" * 5000}, "99999 cannot be 99999"),
+        ({"sizes": "9" * 80}, "99999 cannot be 99999"),
+        ({"sizes": " " * 30_000}, "The list has 30,000 characters: write 1 to 4 sizes, such as 32, 48, 96x64."),
         ({"sizes": "<img/src=x>"}, "&lt;img/src=x&gt; is no size"),
         ({"sizes": "30, 20"}, "1,300 pixels are more than the 1,000"),
     ],
@@ -381,6 +425,11 @@ def test_the_card_tells_what_to_expect(tmp_path):
     assert app.read_card(tmp_path) == (tmp_path.name, "\n\n")
     (tmp_path / "README.md").write_text("no heading\n")
     assert app.read_card(tmp_path)[0] == tmp_path.name
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe no text")
+    assert app.read_card(tmp_path) == (tmp_path.name, "\n\n")
+    (tmp_path / "README.md").write_text("# name\n" + "![" * 50_000)  # a model's card may be anybody's
+    start = time.monotonic()
+    assert app.read_card(tmp_path)[0] == "name" and time.monotonic() - start < 5
 
 
 def test_the_header_of_the_space():
@@ -481,7 +530,7 @@ def test_refusals_over_http(client):
 def test_no_other_files_than_uploads_are_read_over_http(served, tmp_path):
     """gradio sees to it only where the request owns that it names a file, by its `meta`."""
     Image.fromarray(noise(7, 5)).save(tmp_path / "private.png")
-    data = [{"path": str(tmp_path / "private.png")}, 2, 1, True, *SETTINGS.values()]
+    data = [{"path": str(tmp_path / "private.png")}, 2, 1, 0, True, *SETTINGS.values()]
     call = f"{served.url}gradio_api/call/enlarge"
     event = requests.post(call, json={"data": data}, timeout=20).json()["event_id"]
     answer = requests.get(f"{call}/{event}", timeout=20).text

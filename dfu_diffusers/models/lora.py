@@ -3,24 +3,32 @@
 
 import importlib
 import os
+import re
 
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import get_adapter_name
+from torch import nn
 
-# What a file's metadata may say of a LoRA, of all that PEFT has options for: where it is, its size and its scale.
+# What is read of a file's metadata, of all that PEFT has options for.
 LORA_OPTIONS = (
-    "r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora", "target_modules", "target_parameters",
-    "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora", "target_parameters", "rank_pattern",
+    "alpha_pattern",
 )  # fmt: skip
-# And what is not heeded: the origin, and how to begin where no values are given.
+# And what is not heeded: the origin, how to begin where no values are given, and which layers are meant, for the names
+# of the weights tell that, and these may be regular expressions, which can take forever.
 LORA_REMARKS = (
     "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-    "init_lora_weights",
+    "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 )  # fmt: skip
+MAX_RANK, MAX_ALPHA, MAX_NAMES = 4096, 1e6, 1000
+LAYER_NAME = re.compile(r"\^?[\w.\\]{1,200}\$?")  # also with the anchors and escaped dots of a regular expression
 HUB_ARGUMENTS = (
     "weight_name", "subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies",
 )  # fmt: skip
+
+
+ANOTHER_MODEL = "This LoRA was made for a model of another configuration."
 
 
 class LoRAMixin(PeftAdapterMixin):
@@ -38,8 +46,9 @@ class LoRAMixin(PeftAdapterMixin):
         """As in diffusers, for what `save_lora_adapter` wrote: a .safetensors file or a state dict, without a prefix.
 
         Not by way of diffusers' method, which hands PEFT the state dict, and that refuses adapters of plain parameters
-        such as the spectral weights. Of the file's metadata only what describes the layers is used. A LoRA that is
-        refused leaves the model as it was.
+        such as the spectral weights. The names of the weights tell which layers are adapted; of the file's metadata
+        only numbers and names of layers are used, never a regular expression. A LoRA that is refused leaves the model
+        as it was.
 
         Args:
             pretrained_model_name_or_path_or_dict: a folder, a file, the id of a Hub repository, or a state dict.
@@ -50,7 +59,8 @@ class LoRAMixin(PeftAdapterMixin):
 
         Raises:
             TypeError: an unknown argument (`hotswap` is one), or metadata that ask for more than LoRA layers.
-            ValueError: a prefix, pickles, a name in use, or a LoRA for a model of another configuration.
+            ValueError: a prefix, pickles, a name in use, metadata with values out of range or with patterns that are
+                no names of layers, or a LoRA for a model of another configuration.
         """
         # Imported here because it is private: should diffusers move it, nothing else may break.
         from diffusers.loaders.lora_base import _fetch_state_dict
@@ -75,14 +85,14 @@ class LoRAMixin(PeftAdapterMixin):
             metadata=metadata,
             **{**dict.fromkeys(HUB_ARGUMENTS), **hub_arguments},
         )
-        config = _lora_config(state_dict, metadata)
         with torch.device("meta"):  # a twin without memory shows which weights belong to it
             twin = self.from_config(self.config)
+            config = _lora_config(twin, state_dict, _checked(metadata))
             for other, its_config in {**adapters, name: config}.items():
                 twin.add_adapter(its_config, other)
         expected = _peft().get_peft_model_state_dict(twin, adapter_name=name)
         if {key: p.shape for key, p in expected.items()} != {key: p.shape for key, p in state_dict.items()}:
-            raise ValueError("This LoRA was made for a model of another configuration.")
+            raise ValueError(ANOTHER_MODEL)
         self.add_adapter(config, name)
         _peft().set_peft_model_state_dict(self, state_dict, name)
 
@@ -93,22 +103,97 @@ def _peft():
     return importlib.import_module("peft")
 
 
-def _lora_config(state_dict: dict, metadata: dict | None):
-    """PEFT's LoraConfig of a saved LoRA; one without metadata tells its layers and ranks by names and shapes."""
-    from diffusers.utils.peft_utils import _create_lora_config
-
+def _checked(metadata: dict | None) -> dict | None:
+    """The metadata if they ask for LoRA layers alone and in range; TypeError or ValueError if not."""
     if metadata is None:
-        ranks = {f"^{key}": value.shape[1] for key, value in state_dict.items() if "lora_B" in key and value.ndim > 1}
-        return _create_lora_config(state_dict, None, None, ranks)
-    lora_config = _peft().LoraConfig
-    default = lora_config().to_dict()
+        return None
+    if not isinstance(metadata, dict):
+        raise TypeError(f"The LoRA's metadata must be a mapping, but are {metadata!r:.80}: save the LoRA again.")
+    default = _peft().LoraConfig().to_dict()
     odd = [
         key for key, value in metadata.items()
         if value and key not in LORA_OPTIONS + LORA_REMARKS and value != default.get(key)
     ]  # fmt: skip
     if odd:
+        asked = ", ".join(sorted(odd))
         raise TypeError(
-            f"`LoraConfig` class could not be instantiated: the LoRA's metadata ask for {', '.join(sorted(odd))}, and "
-            f"DFUModel reads {', '.join(LORA_OPTIONS)} only."
+            f"`LoraConfig` class could not be instantiated: the LoRA's metadata ask for {asked:.200}, and DFUModel "
+            f"reads {', '.join(LORA_OPTIONS)} only."
         )
-    return lora_config(**{key: value for key, value in metadata.items() if key in LORA_OPTIONS})
+    options = {key: metadata[key] for key in LORA_OPTIONS if metadata.get(key) is not None}
+    ranks, alphas = (options.get(f"{name}_pattern", {}) for name in ("rank", "alpha"))
+    names = options.get("target_parameters", [])
+    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("target_parameters", list)):
+        value = options.get(name, kind())
+        if not isinstance(value, kind) or len(value) > MAX_NAMES or not all(map(_is_layer_name, value)):
+            raise _odd(name, value, f"a {kind.__name__} of at most {MAX_NAMES} names of layers, no other patterns")
+    for value in (options.get("r", 8), *ranks.values()):
+        if type(value) is not int or not 1 <= value <= MAX_RANK:
+            raise _odd("r", value, f"a whole number from 1 to {MAX_RANK}")
+    for value in (options.get("lora_alpha", 8), *alphas.values()):
+        if not _is_real(value) or not -MAX_ALPHA <= value <= MAX_ALPHA:
+            raise _odd("lora_alpha", value, f"a number of at most {MAX_ALPHA:g}")
+    if not _is_real(dropout := options.get("lora_dropout", 0)) or not 0 <= dropout < 1:
+        raise _odd("lora_dropout", dropout, "a number in [0, 1)")
+    for name in ("lora_bias", "use_rslora", "use_dora"):
+        if not isinstance(value := options.get(name, False), bool):
+            raise _odd(name, value, "true or false")
+    return {**options, "target_parameters": names}
+
+
+def _is_layer_name(value) -> bool:
+    return isinstance(value, str) and LAYER_NAME.fullmatch(value) is not None
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _odd(name: str, value, wanted: str) -> ValueError:
+    return ValueError(f"{name} of the LoRA's metadata must be {wanted}, but is {value!r:.80}: save the LoRA again.")
+
+
+def _lora_config(model: nn.Module, state_dict: dict, metadata: dict | None):
+    """PEFT's LoraConfig of a saved LoRA for a model without adapters, with names where PEFT would take patterns.
+
+    Without metadata ranks are told by the shapes, and alpha is the rank.
+    """
+    layers = {key.split(".lora_")[0].replace(".base_layer", "") for key in state_dict}
+    if not layers <= {name for name, _ in model.named_modules()}:
+        raise ValueError(ANOTHER_MODEL)
+    if metadata is None:
+        ranks = {key.split(".lora_")[0]: value.shape[1] for key, value in state_dict.items() if _is_up(key, value)}
+        metadata = {
+            "rank_pattern": ranks,
+            "alpha_pattern": ranks,
+            "use_dora": any("lora_magnitude_vector" in key for key in state_dict),
+            "lora_bias": any("lora_B" in key and key.endswith(".bias") for key in state_dict),
+            "target_parameters": [],
+        }
+    parameters = [
+        name
+        for name, _ in model.named_parameters()
+        if _value_of(name, dict.fromkeys(metadata["target_parameters"], 1))
+    ]
+    modules = sorted(layers - {name.rpartition(".")[0] for name in parameters})
+    patterns = {
+        name: {
+            re.escape(layer): value
+            for layer in (*modules, *parameters)
+            if (value := _value_of(layer, given)) is not None
+        }
+        for name in ("rank_pattern", "alpha_pattern")
+        if (given := metadata.get(name))
+    }
+    given = {**metadata, **patterns, "target_parameters": metadata["target_parameters"] or None}
+    return _peft().LoraConfig(target_modules=modules, **given)
+
+
+def _is_up(key: str, value: torch.Tensor) -> bool:
+    return "lora_B" in key and value.ndim > 1
+
+
+def _value_of(layer: str, patterns: dict):
+    """The value of the first of these names that ends the full name of a layer; None if none does."""
+    names = ((name.strip("^$").replace("\\.", "."), value) for name, value in patterns.items())
+    return next((value for name, value in names if f".{layer}".endswith(f".{name}")), None)

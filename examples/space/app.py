@@ -23,11 +23,11 @@ from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.utils.torch_utils import get_device
 from gradio.utils import get_upload_folder
 from huggingface_hub import ModelCard
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers.data.resolutions import format_resolution, parse_resolution
-from dfu_diffusers.pipelines.dfu import STRATEGIES
+from dfu_diffusers.decode import convert_picture, open_picture
 
 HERE = Path(__file__).resolve().parent
 MODEL = os.environ.get("DFU_MODEL", str(HERE.parent.parent / "checkpoints" / "dfu-portraits"))
@@ -35,7 +35,8 @@ HEUN = "EDM Heun"
 SAMPLERS = {HEUN: EDMHeunScheduler, "EDM Euler": EDMEulerScheduler, "DPM-Solver++": EDMDPMSolverMultistepScheduler}
 TILEABLE = ("none", "x", "y", "xy")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow would open many more, some by way of other programs
-MAX_SEED, MAX_CHURN, MIN_STRENGTH = 2**32 - 1, 20, 0.05
+MAX_SEED, MAX_CHURN, MIN_STRENGTH, MAX_NOISE = 2**32 - 1, 20, 0.05, 0.5
+MAX_SIZE_LENGTH = 20  # characters that a size in the list may take, with what stands between
 BAR = gr.Progress()  # gradio looks for it among the defaults of a function
 
 INTRODUCTION = """# {name}: pictures at any size
@@ -77,10 +78,11 @@ class Studio:
     def __init__(self, model: str | Path, limits: Limits | None = None):
         self.limits = limits or Limits()
         self.pipe = DFUPipeline.from_pretrained(model).to(get_device())
-        config = self.pipe.unet.config
+        config, refiner = self.pipe.unet.config, self.pipe.refiner
         if config.in_channels not in (1, 3):
             raise ValueError(f"This page shows pictures of 1 or 3 channels, but {model} has {config.in_channels}.")
-        own = config.sample_size
+        self.strategies = ("direct", "cascade") if refiner is None else ("octaves",)
+        own = (refiner or self.pipe.unet).config.sample_size
         self.own_size = tuple(own) if isinstance(own, (tuple, list)) else (own, own)  # (height, width), as everywhere
         self.channels, self.classes = config.in_channels, config.num_class_embeds
         self.name, self.about = read_card(model)
@@ -98,11 +100,14 @@ class Studio:
     def compare(self, sizes, strategy, tileable, seed, steps, sampler, churn, label,
                 request: gr.Request, progress=BAR):  # fmt: skip
         """One seed at several sizes, a list such as "32, 48, 96x64"."""
-        words = re.sub(r"\s*[x×]\s*", "x", str(sizes or "").lower()).replace(",", " ").split()
-        most, sizes = self.limits.max_images, []
+        text, most = str(sizes or ""), self.limits.max_images
+        if len(text) > MAX_SIZE_LENGTH * most:
+            raise refusal(f"The list has {len(text):,} characters: write 1 to {most} sizes, such as 32, 48, 96x64.")
+        text = " ".join(text.lower().replace("×", "x").replace(",", " ").split())
+        words, sizes = text.replace(" x", "x").replace("x ", "x").split(), []
         if not 1 <= len(words) <= most:
             raise refusal(f"The list has {len(words)} sizes: write 1 to {most} of them, such as 32, 48, 96x64.")
-        for word in (word[:20] for word in words):  # what is longer is too large at any rate
+        for word in words:
             try:
                 sides = parse_resolution(word)
             except ValueError as error:
@@ -111,13 +116,16 @@ class Studio:
         sizes = list(dict.fromkeys(sizes))
         yield from self.draw(sizes, 1, strategy, tileable, seed, steps, sampler, churn, label, request, progress)
 
-    def enlarge(self, picture, scale, strength, consistency, seed, steps, sampler, churn, label,
+    def enlarge(self, picture, scale, strength, noise_level, consistency, seed, steps, sampler, churn, label,
                 request: gr.Request, progress=BAR):  # fmt: skip
         """An uploaded picture, `scale` times as high and wide."""
         most = self.limits.max_side
         scale = checked("The factor", scale, 1, most, whole=False)
-        strength = checked("The strength", strength, MIN_STRENGTH, 1, whole=False)
-        image = read_upload(picture, most).convert("L" if self.channels == 1 else "RGB")
+        if self.pipe.refiner is None:
+            how = {"strength": checked("The strength", strength, MIN_STRENGTH, 1, whole=False)}
+        else:
+            how = {"noise_level": checked("The noise", noise_level, 0, MAX_NOISE, whole=False)}
+        image = read_upload(picture, most, "L" if self.channels == 1 else "RGB")
         size = round(scale * image.height), round(scale * image.width)
         if max(size) > most:
             raise refusal(
@@ -125,20 +133,15 @@ class Studio:
                 "a smaller factor or picture."
             )
         self.check_pixels(size[0] * size[1])
-        inputs = {"image": image, "strength": strength, "consistency": bool(consistency)}
+        inputs = {"image": image, "consistency": bool(consistency), **how}
         kind = DFUSuperResolutionPipeline
         yield from self.run(kind, inputs, [size], 1, seed, steps, sampler, churn, label, request, progress)
 
     def draw(self, sizes, count, strategy, tileable, *settings):
         """`count` pictures at each size, out of nothing."""
-        strategy = chosen("strategy", strategy, STRATEGIES)
+        strategy = chosen("strategy", strategy, self.strategies)
         tileable = chosen("tiling", tileable, TILEABLE)
-        areas = [height * width for height, width in sizes]
-        if strategy == "guided":  # sees a small picture behind each that is larger than the model's own size
-            own_height, own_width = self.own_size
-            beyond = sum(height > own_height or width > own_width for height, width in sizes)
-            areas.append(beyond * own_height * own_width)
-        self.check_pixels(count * sum(areas))
+        self.check_pixels(count * sum(height * width for height, width in sizes))
         inputs = {"batch_size": count, "strategy": strategy, "tileable": None if tileable == "none" else tileable}
         yield from self.run(DFUPipeline, inputs, sizes, count, *settings)
 
@@ -161,7 +164,8 @@ class Studio:
         sampler = chosen("sampler", sampler, SAMPLERS)
 
         options = {"s_churn": churn} if sampler == HEUN else {}  # the others have none
-        pipe = kind(self.pipe.unet, SAMPLERS[sampler].from_config(self.pipe.scheduler.config, **options))
+        scheduler = SAMPLERS[sampler].from_config(self.pipe.scheduler.config, **options)
+        pipe = kind(**{**self.pipe.components, "scheduler": scheduler})
         pipe.set_progress_bar_config(disable=True)
         session, run, gallery = request and request.session_hash, object(), []
         self.running[session] = run
@@ -169,7 +173,7 @@ class Studio:
         def on_step_end(pipe, step, timestep, tensors):
             done = len(gallery) // count
             part = (step + 1) / pipe.num_timesteps
-            reached = tuple(tensors["latents"].shape[-2:])  # a cascade begins small
+            reached = tuple(tensors["latents"].shape[-2:])  # a cascade begins small, and so do octaves
             now = "" if reached == sizes[done] else f", now at {format_resolution(reached)}"
             progress((done + part) / len(sizes), desc=f"Drawing {format_resolution(sizes[done])}{now}")
             pipe._interrupt = self.running.get(session) is not run
@@ -223,17 +227,18 @@ def chosen(name: str, value, choices) -> str:
     return value
 
 
-def read_upload(picture: dict | None, max_side: int) -> Image.Image:
-    """The picture that was uploaded as gradio's `picture`, upright, or an error: its pixels are read only if few."""
+def read_upload(picture: dict | None, max_side: int, mode: str) -> Image.Image:
+    """The picture that was uploaded as gradio's `picture`, upright and opaque in this mode of Pillow, or an error: its
+    pixels are read only if few."""
     path = (picture or {}).get("path")
     if not path:
         raise refusal("The picture is missing: upload one.")
     if not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):  # asked for by hand
         raise refusal("This picture was not uploaded: upload it.")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_picture(path, FORMATS) as image:
             if max(image.size) <= max_side:
-                return ImageOps.exif_transpose(image)
+                return convert_picture(image, mode)
             size = format_resolution(image.size[::-1])
     except Image.DecompressionBombError as error:
         raise refusal(f"The picture is far too large: a side has at most {max_side:,} pixels.") from error
@@ -254,7 +259,7 @@ def read_card(model: str | Path) -> tuple[str, str]:
         card = ModelCard.load(source, ignore_metadata_errors=True).text
     except (OSError, ValueError):  # no card, or none that can be had
         card = ""
-    card = re.sub(r"!\[[^]]*]\([^)]*\)", "", card)  # the pictures stay with it
+    card = re.sub(r"!\[[^]\n]{0,300}]\([^)\n]{0,300}\)", "", card)  # the pictures stay with it
     sections = dict(re.findall(r"^#{1,2} ([^\n]+)\n(.*?)(?=^#|\Z)", card, re.M | re.S))
     title = next(iter(sections), Path(model).name)
     return title, "\n\n".join(sections.get(name, "").strip() for name in (title, "Limits"))
@@ -300,7 +305,13 @@ def build(studio: Studio) -> gr.Blocks:
                     picture = gr.Image(label="Picture", elem_id="upload", **upload)
                     scale = gr.Number(2, label="Factor, such as 2 or 2.7", step=0.1, elem_id="scale")
                     info = "how much is drawn anew"
-                    strength = gr.Slider(MIN_STRENGTH, 1, 0.2, step=0.05, label="Strength", info=info)
+                    strength = gr.Slider(
+                        MIN_STRENGTH, 1, 0.2, step=0.05, label="Strength", info=info, visible=not studio.pipe.refiner
+                    )
+                    info = "of the picture: more for a compressed one"
+                    noise = gr.Slider(
+                        0, MAX_NOISE, 0, step=0.01, label="Noise", info=info, visible=bool(studio.pipe.refiner)
+                    )
                     info = "averaged back to its size, the result is the picture itself"
                     consistency = gr.Checkbox(True, label="Keep the original", info=info)
                     enlarge = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
@@ -308,10 +319,13 @@ def build(studio: Studio) -> gr.Blocks:
                 label = gr.Dropdown(classes, value=0 if classes else None, label="Class", visible=bool(classes))
                 with gr.Accordion("Advanced", open=False):
                     info = (
-                        "Drawing beyond the model's own size. guided: the layout is that of a small picture, seen at "
-                        "every step. cascade: a small picture is drawn, enlarged, and its detail drawn anew."
+                        "Drawing beyond the model's own size. cascade: a small picture is drawn, enlarged, and its "
+                        "detail drawn anew."
                     )
-                    strategy = gr.Radio(list(STRATEGIES), value="direct", label="Strategy", info=info)
+                    strategy = gr.Radio(
+                        list(studio.strategies), value=studio.strategies[0], label="Strategy", info=info,
+                        visible=len(studio.strategies) > 1,
+                    )  # fmt: skip
                     info = "Drawing pictures that repeat without a seam: to the side (x), upwards (y) or both."
                     tileable = gr.Radio(list(TILEABLE), value="none", label="Tileable", info=info)
                     steps = gr.Slider(1, limits.max_steps, min(18, limits.max_steps), step=1, label="Steps")
@@ -329,7 +343,7 @@ def build(studio: Studio) -> gr.Blocks:
         runs = [
             generate.click(studio.generate, [height, width, images, *layout, *settings], **one_at_a_time),
             compare.click(studio.compare, [sizes, *layout, *settings], **one_at_a_time),
-            enlarge.click(studio.enlarge, [picture, scale, strength, consistency, *settings], **one_at_a_time),
+            enlarge.click(studio.enlarge, [picture, scale, strength, noise, consistency, *settings], **one_at_a_time),
         ]
         dice.click(None, outputs=seed, js="() => Math.floor(1e6 * Math.random())")
         stop.click(studio.stop, cancels=runs, queue=False, api_visibility="private")
