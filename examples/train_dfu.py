@@ -19,6 +19,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -66,9 +67,16 @@ from dfu_diffusers.training.checkpoints import (
     CheckpointError,
     check_architecture,
     choose_checkpoint,
+    find_checkpoints,
+    load_state,
+    read_object,
+    readable,
     replace_contents,
     save_checkpoint,
+    save_state,
     set_aside,
+    sole_user,
+    whole_weights,
 )
 from dfu_diffusers.training.ema import HalfLifeEMA, PowerEMA, save_snapshot
 from dfu_diffusers.training.freezing import freeze, summary
@@ -88,7 +96,14 @@ from dfu_diffusers.training.reports import (
     sample_sheet,
     sheet_sizes,
 )
-from dfu_diffusers.training.step import DataError, StopSignal, TrainingStep, WeightAverages, keep_freed_memory
+from dfu_diffusers.training.step import (
+    DataError,
+    StopSignal,
+    TrainingStep,
+    WeightAverages,
+    end_workers,
+    keep_freed_memory,
+)
 
 EXAMPLES = Path(__file__).parent
 CONFIGS = EXAMPLES / "configs"
@@ -110,6 +125,13 @@ MEASURED_IMAGES = 128  # from which the deviation of detail is measured
 SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)  # --no-OPTION overrules a file of options
 
 
+def path(text: str) -> str:
+    """A path, a Hub id, or a name; the home directory may be `~`."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: leave the option out, or name a path")
+    return os.path.expanduser(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -118,8 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="check, print model, schedule and memory, and stop")
 
     data = parser.add_argument_group("data (default: procedural portraits, endless)")
-    data.add_argument("--train_data_dir", help="folder or zip of images, nested ones too")
-    data.add_argument("--dataset_name", help="data set id on the Hub, or a local folder that `datasets` can load")
+    data.add_argument("--train_data_dir", type=path, help="folder or zip of images, nested ones too")
+    data.add_argument(
+        "--dataset_name", type=path, help="data set id on the Hub, or a local folder that `datasets` can load"
+    )
     data.add_argument("--dataset_config_name", help="its configuration")
     data.add_argument("--dataset_split", default="train")
     data.add_argument("--streaming", **SWITCH, help="read it as it comes; each process and worker reads all")
@@ -132,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--small_images", choices=["fail", "skip", "upscale"], default="fail",
         help="what to do with images smaller than the largest resolution",
     )  # fmt: skip
-    data.add_argument("--cache_dir", help="keep images resized in memory-mapped files there")
+    data.add_argument("--cache_dir", type=path, help="keep images resized in memory-mapped files there")
     data.add_argument("--num_workers", type=natural, default=0, help="that load images")
     data.add_argument(
         "--num_validation_images", type=natural, default=64, help="held out, up to a tenth of a data set"
@@ -154,9 +178,12 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_config",
+        type=path,
         help="config.json of a DFUModel or DFURefiner, whose detail_std may be null (default: configs/portraits.json)",
     )
-    model.add_argument("--init_from", help="fine-tune this pipeline, a folder or a Hub id, in place of a new model")
+    model.add_argument(
+        "--init_from", type=path, help="fine-tune this pipeline, a folder or a Hub id, in place of a new model"
+    )
     model.add_argument(
         "--spectral_rank", type=number(float, 0, 0.999, open_low=True), metavar="SHARE",
         help="factorise the spectral weights of --init_from's model (0.4: about a sixth of them); see DFUModel",
@@ -190,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--power_ema", nargs="+", type=positive, default=[], metavar="SIGMA_REL",
         help="also keep power-function averages (EDM2: 0.05 0.1) for dfu_diffusers.training.ema.reconstruct",
     )  # fmt: skip
-    training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="(default: the launcher's)")
     training.add_argument("--tf32", **SWITCH, help="faster float32 matrix products on NVIDIA GPUs")
     training.add_argument("--gradient_checkpointing", **SWITCH, help="less memory, more time")
     training.add_argument(
@@ -201,10 +228,10 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--seed", type=natural, default=0)
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="outputs/dfu-portraits")
+    output.add_argument("--output_dir", type=path, default="outputs/dfu-portraits")
     output.add_argument("--checkpointing_steps", type=count, default=1000)
     output.add_argument("--checkpoints_total_limit", type=count, default=2)
-    output.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
+    output.add_argument("--resume_from_checkpoint", type=path, help="a checkpoint folder, or 'latest'")
     output.add_argument("--report_images", type=count, default=32_000, help="sample and validate every so many images")
     output.add_argument("--report_to", default="tensorboard", help="a tracker of Accelerate (wandb, ...), or none")
     output.add_argument("--save_raw_weights", **SWITCH, help='beside the average, as variant="raw"')
@@ -235,6 +262,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         given = [name for name in ("class_conditional", "random_crop", "random_flip", "cache_dir") if vars(args)[name]]
         if given:
             parser.error(f"--{given[0]} is for pictures of your own, but the portraits are drawn on the fly")
+    for folder in filter(None, (args.train_data_dir, args.dataset_name)):
+        if Path(folder).is_dir() and Path(args.output_dir).resolve().is_relative_to(Path(folder).resolve()):
+            parser.error(
+                f"--output_dir {args.output_dir} lies in {folder}: samples would be trained on; choose another"
+            )
     if args.label_dropout and not args.class_conditional:
         parser.error("--label_dropout drops the labels of --class_conditional: give both, or neither")
     if args.random_crop and args.cache_dir:
@@ -257,8 +289,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def options_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """The options in a YAML file as a command line, so that both pass the same checks."""
     try:
-        options = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {error}")
     if not isinstance(options, dict):
         parser.error(f"--config {path} must hold lines such as `batch_size: 64`")
@@ -516,6 +548,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         if args.report_to != "none" and not self.accelerator.log_with:
             raise ValueError(f"--report_to {args.report_to} is not installed: install it, or use --report_to none.")
+        args.mixed_precision = self.accelerator.mixed_precision
         if args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError("--mixed_precision fp16 needs a GPU (here it would silently be float32): use bf16.")
         if self.accelerator.device.type == "cpu":
@@ -570,7 +603,7 @@ class Run:
 
     def _saved_detail_std(self) -> float | None:
         """That of the checkpoint to go on from: the images may not be the same."""
-        return json.loads((self.checkpoint / "config.json").read_text()).get("detail_std") if self.checkpoint else None
+        return read_object(self.checkpoint / "config.json").get("detail_std") if self.checkpoint else None
 
     def _make_loss(self) -> TrainingLoss | OctaveLoss:
         if self.part == "refiner":
@@ -603,7 +636,6 @@ class Run:
             num_training_steps=args.max_train_steps,
         )  # fmt: skip
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
-        self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.averages = WeightAverages(self.accelerator, self.model, average_rules(args))
         self.loss = self._make_loss()
         if self.checkpoint:
@@ -635,74 +667,99 @@ class Run:
 
     def train(self) -> None:
         args, end = self.args, self.args.max_train_steps
-        self.begin()
-        with StopSignal() as stop, self.progress:
-            for done in range(self.start + 1, end + 1):
-                stopping = self.step(done, stop)
-                if done == end or done % args.checkpointing_steps == 0 or stopping:
-                    save_checkpoint(self.accelerator, self.output, done, self._save, args.checkpoints_total_limit)
-                if stopping and done < end:
-                    reason = stop.name or "a signal to another process"
-                    self.accelerator.print(
-                        f"Stopped by {reason} after step {done}; go on with --resume_from_checkpoint latest."
-                    )
-                    return
-                images_before, images = (n * args.batch_size // args.report_images for n in (done - 1, done))
-                if images > images_before and done < end:
-                    self._report(done)
-        self._report(end)
-        self._finish()
+        with self._output_folder(), self._workers() as batches:
+            self.begin(batches)
+            with StopSignal() as stop, self.progress:
+                if self._missed_report():
+                    self._report(self.start)
+                for done in range(self.start + 1, end + 1):
+                    stopping = self.step(done, stop)
+                    if done == end or done % args.checkpointing_steps == 0 or stopping:
+                        save_checkpoint(self.accelerator, self.output, done, self._save, args.checkpoints_total_limit)
+                    if done < end and self._is_report_due(done):
+                        self._report(done)
+                    if stopping and done < end:
+                        self._say_stopped(done, stop)
+                        return
+            self._report(end)
+            self._finish()
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        facts = json.loads((self.checkpoint / "run.json").read_text())
-        saved, data, options = facts["options"], facts["data"], public_options(self.args)
+        with readable(self.checkpoint):
+            facts = read_object(self.checkpoint / "run.json")
+            saved, data, options = dict(facts["options"]), dict(facts["data"]), public_options(self.args)
         for name, reason in (
             ("batch_size", "it decides which images have been seen (--max_pixels_per_batch saves memory)"),
             ("optimizer", "its moments are those of that one"),
         ):
-            if saved[name] != options[name]:
+            if saved.get(name) != options[name]:
                 raise CheckpointError(
-                    f"{self.checkpoint} was made with --{name} {saved[name]}, not {options[name]}, which must stay: "
-                    f"{reason}."
+                    f"{self.checkpoint} was made with --{name} {saved.get(name)}, not {options[name]}, which must "
+                    f"stay: {reason}."
                 )
-        self.accelerator.load_state(str(self.checkpoint))
-        self.averages.load(self.checkpoint)
+        with readable(self.checkpoint):
+            load_state(self.accelerator, self.model, self.optimizer, self.checkpoint)
+            self.averages.load(self.checkpoint)
         self._apply_learning_rate()
         free = {"resume_from_checkpoint", "output_dir", "config", "dry_run"}
         changed = [f"{k} {saved.get(k)} -> {v}" for k, v in options.items() if k not in free and saved.get(k) != v]
-        if data["fingerprint"] != self.data.fingerprint:
-            changed.append(f"the images: {data['description']} -> {self.data.description}, so some will come twice")
+        if data.get("fingerprint") != self.data.fingerprint:
+            changed.append(
+                f"the images: {data.get('description')} -> {self.data.description}, so some will come twice"
+            )
         self.accelerator.print(f"Resumed from {self.checkpoint}." + " Changed: " * bool(changed) + ", ".join(changed))
 
     def _apply_learning_rate(self) -> None:
-        """This run's options; those of the checkpoint came with its optimizer."""
+        """This run's options, at the step of the checkpoint; the optimizer's came with it."""
         schedule, rate = self.lr_scheduler, self.args.learning_rate
+        schedule.last_epoch = self.start
         schedule.base_lrs = [rate for _ in schedule.base_lrs]
         for group, scale in zip(self.optimizer.param_groups, schedule.lr_lambdas):
             group["initial_lr"], group["lr"] = rate, rate * scale(schedule.last_epoch)
             if self.args.optimizer == "adamw":
                 group["weight_decay"] = self.args.weight_decay
 
-    def begin(self) -> None:
-        """Everything that leaves a trace waits until the run is known to be possible."""
+    @contextlib.contextmanager
+    def _output_folder(self):
+        """The folder, kept for this run alone: everything that leaves a trace waits until the run is possible."""
+        with contextlib.ExitStack() as stack:
+            if self.main:
+                try:
+                    self.output.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(sole_user(self.output))
+                except OSError as error:
+                    raise CheckpointError(f"--output_dir {self.output} cannot be written to: {error}") from error
+            yield
+
+    @contextlib.contextmanager
+    def _workers(self):
+        """Iterates over the images; their workers end with it, whatever happens."""
+        batches = iter(self.loader)
+        try:
+            yield batches
+        finally:
+            end_workers(batches)
+
+    def begin(self, batches) -> None:
+        """Say what is to come, and open the tables."""
         self.nonfinite, self.recent, self.progress = 0, {}, self._progress_bar()
-        batches, max_grad_norm = iter(self.loader), self.args.max_grad_norm
+        max_grad_norm = self.args.max_grad_norm
         self.training_step = TrainingStep(
             self.accelerator, self.model, self.optimizer, self.loss, self.sampler, batches, max_grad_norm
         )
         self.accelerator.print(summary(self.network))
         self.accelerator.print(f"Data: {self.data}.")
-        if not self.main:
-            return
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for path in set_aside(self.output, self.start):
-                self.accelerator.print(f"A later checkpoint of this run, which goes on before it, is now {path}.")
-            write_atomically(self.output / "run.json", json.dumps(self._facts(), indent=2) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"--output_dir {self.output} cannot be written to: {error}") from error
+        if self.args.lr_warmup_images > self.args.max_train_steps * self.args.batch_size:
+            self.accelerator.print("The learning rate will not rise to its full value: --lr_warmup_images is longer.")
+        if self.main:
+            self._begin_tables()
+
+    def _begin_tables(self) -> None:
+        for path in set_aside(self.output, self.start):
+            self.accelerator.print(f"A later checkpoint of this run, which goes on before it, is now {path}.")
+        write_atomically(self.output / "run.json", json.dumps(self._facts(), indent=2) + "\n")
         fields = ["step", "resolution", "loss", "grad_norm", "learning_rate", "seconds"]
         self.log = Table(self.output / "loss.csv", fields, self.start)
         self.started = time.time() - (float(self.log.rows[-1]["seconds"]) if self.log.rows else 0)
@@ -737,6 +794,7 @@ class Run:
     def step(self, done: int, stop: StopSignal) -> bool:
         """Step `done` and what belongs to each: averages of weights and losses, logs, a count of losses not finite.
         Returns whether a process was asked to stop."""
+        self.done = done
         loss, grad_norm, stopping = self.training_step(done - 1, value=float(stop.name is not None))
         self.lr_scheduler.step()
         name = format_resolution(self.sampler.resolution(done - 1))
@@ -767,16 +825,48 @@ class Run:
         values = {"loss": loss, f"loss/{name}": loss, "grad_norm": grad_norm, "learning_rate": rate}
         self.accelerator.log(values, step=done)
 
+    def _check_finite(self, done: int) -> None:
+        """All that is saved or exported passes here."""
+        if self.averages.are_finite():
+            return
+        found = find_checkpoints(self.output)
+        remedy = f"go on from {found[max(found)]}" if found else "begin again"
+        raise CheckpointError(
+            f"The weights are not finite after step {done}: the training has diverged, and nothing of it was saved. "
+            f"{remedy[0].upper()}{remedy[1:]} with a --learning_rate below {self.args.learning_rate}."
+        )
+
     def _save(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
+        self._check_finite(self.done)
+        save_state(self.accelerator, self.model, self.optimizer, folder)
         self.averages.save(folder)
         if self.main:
             self.network.save_config(folder)
-            (folder / "run.json").write_text(json.dumps(self._facts(), indent=2) + "\n")
+            (folder / "run.json").write_text(json.dumps(self._facts(), indent=2) + "\n", encoding="utf-8")
+
+    def _say_stopped(self, done: int, stop: StopSignal) -> None:
+        reason = stop.name or "a signal to another process"
+        self.accelerator.print(f"Stopped by {reason} after step {done}; go on with --resume_from_checkpoint latest.")
+
+    def _is_report_due(self, done: int) -> bool:
+        before, now = (n * self.args.batch_size // self.args.report_images for n in (done - 1, done))
+        return now > before
+
+    def _has_reported(self, done: int) -> bool:
+        return any(int(row["step"]) == done for row in self.validation_log.rows)
+
+    def _missed_report(self) -> bool:
+        """Whether a run ended between the checkpoint from which this one goes on and the report that was due."""
+        if not (self.validation and 0 < self.start < self.args.max_train_steps and self._is_report_due(self.start)):
+            return False
+        missed = torch.tensor(float(self.main and not self._has_reported(self.start)), device=self.accelerator.device)
+        return self.accelerator.reduce(missed, "sum").item() > 0
 
     def _report(self, done: int) -> None:
         """The pipeline as it is, its samples and its loss on held-out images: by the main process."""
+        self._check_finite(done)
         weights = self.averages.weights("ema")
+        raw = whole_weights(self.accelerator, self.model) if self.args.save_raw_weights else {}
         for sigma_rel in self.args.power_ema:
             snapshot = self.averages.weights(f"power-{sigma_rel}")
             if self.main:
@@ -784,18 +874,30 @@ class Run:
                 save_snapshot(snapshot, sigma_rel, steps, self.output / "power_ema")
         if self.main:
             pipe = self._pipeline(weights)
-            replace_contents(self.output, pipe.save_pretrained)
-            with self.accelerator.autocast():
-                losses = self.validation(getattr(pipe, self.part)) if self.validation else {}
-            for size, values in losses.items():
-                name = format_resolution(size)
-                self.validation_log.append(done, name, *values.tolist())
-                self.accelerator.log({f"validation/{name}": values[0].item()}, step=done)
-            if sheet := self._sheet(pipe):
-                sheet.save(self.output / "samples.png")
+            if self.validation and not self._has_reported(done):
+                self._validate(getattr(pipe, self.part), done)
+            sheet = self._sheet(pipe)
+
+            def save(folder: Path) -> None:
+                pipe.save_pretrained(folder)
+                if raw:
+                    getattr(self._pipeline(raw), self.part).save_pretrained(folder / self.part, variant="raw")
+                if sheet:
+                    sheet.save(folder / "samples.png")
+                plot_losses(folder / "loss.png", self.log, self.validation_log)
+
+            replace_contents(self.output, save)
+            if sheet:
                 self._log_sheet(sheet, done)
-            plot_losses(self.output / "loss.png", self.log, self.validation_log)
         self.accelerator.wait_for_everyone()
+
+    def _validate(self, model, done: int) -> None:
+        with self.accelerator.autocast():
+            losses = self.validation(model)
+        for size, values in losses.items():
+            name = format_resolution(size)
+            self.validation_log.append(done, name, *values.tolist())
+            self.accelerator.log({f"validation/{name}": values[0].item()}, step=done)
 
     def _pipeline(self, weights: dict[str, torch.Tensor]) -> DFUPipeline:
         with torch.device("meta"):
@@ -828,10 +930,6 @@ class Run:
                 tracker.log_images({"samples": np.asarray(sheet)[None]}, step=done, **layout)
 
     def _finish(self) -> None:
-        if self.args.save_raw_weights:
-            raw = self.accelerator.get_state_dict(self.model)
-            if self.main:
-                getattr(self._pipeline(raw), self.part).save_pretrained(self.output / self.part, variant="raw")
         if self.main:
             if self.part == "unet":  # the card shows how to generate with it
                 self._write_card()
@@ -902,7 +1000,7 @@ def main(argv=None) -> None:
     except (CheckpointError, DataError, OSError, SafetensorError, hub.HubError) as error:
         raise SystemExit(f"train_dfu.py: {error}") from error
     except RuntimeError as error:  # raised by a signal handler of torch's, wherever the run is
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise SystemExit(
             f"train_dfu.py: a process that loads images died ({error}), often for lack of memory. Use fewer "

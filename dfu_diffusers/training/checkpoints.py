@@ -1,23 +1,133 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints of a training run: complete or not there at all, checked before they are loaded.
 
-OUTPUT/checkpoint-STEP holds what the run needs to go on. It is written under another name, listed file by file in
-manifest.json, and takes its name last; a checkpoint without its files as listed there is damaged and refused.
+OUTPUT/checkpoint-STEP holds what the run needs to go on: safetensors and JSON, no pickle. (FSDP and DeepSpeed write
+and read files of their own.) It is written under another name, its files are listed with their SHA-256 in
+manifest.json and flushed to the disk, and it takes its name last. One whose files differ from the list is damaged.
 """
 
+import contextlib
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator, DistributedType
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-PARTIAL, MANIFEST = "partial-checkpoint", "manifest.json"
+from ..files import flush_to_disk
+
+logger = logging.getLogger(__name__)
+PARTIAL, MANIFEST, LOCK = "partial-checkpoint", "manifest.json", ".lock"
+WEIGHTS, MOMENTS, SETTINGS = "model.safetensors", "optimizer.safetensors", "optimizer.json"
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+FULL_DISK = ("PytorchStreamWriter", "inline_container")  # in torch's words for it, a RuntimeError
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, found or used; the message says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+def whole_weights(accelerator: Accelerator, model) -> dict[str, torch.Tensor]:
+    """The weights of a prepared model by the names that they have without wrappers. All processes call it."""
+    return {name.replace("_orig_mod.", ""): value for name, value in accelerator.get_state_dict(model).items()}
+
+
+def save_state(accelerator: Accelerator, model, optimizer, folder: Path) -> None:
+    """Weights, optimizer and scale of gradients. All processes call it; the main one writes."""
+    if accelerator.distributed_type in SHARDED:
+        accelerator.save_state(str(folder))
+        return
+    if not accelerator.is_main_process:
+        return
+    save_file(
+        {name: value.contiguous() for name, value in whole_weights(accelerator, model).items()}, folder / WEIGHTS
+    )
+    state = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                tensors[f"{index}.{name}"] = value.contiguous()
+            else:
+                numbers[f"{index}.{name}"] = value
+    save_file(tensors, folder / MOMENTS)
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+    settings = {"groups": state["param_groups"], "numbers": numbers, "scaler": scaler}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def load_state(accelerator: Accelerator, model, optimizer, folder: Path) -> None:
+    """What `save_state` wrote, into a prepared model and optimizer. All processes call it."""
+    if accelerator.distributed_type in SHARDED:
+        accelerator.load_state(str(folder))
+        return
+    accelerator.unwrap_model(model, keep_torch_compile=False).load_state_dict(load_file(folder / WEIGHTS))
+    settings, state = read_object(folder / SETTINGS), {}
+    for key, value in {**load_file(folder / MOMENTS), **settings["numbers"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})
+    if accelerator.scaler and settings["scaler"]:
+        accelerator.scaler.load_state_dict(settings["scaler"])
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(values).__name__}.")
+    return values
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turns whatever goes wrong while the contents of a checkpoint are taken up into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # of safetensors, JSON, torch and the optimizer, for contents that are not theirs
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder} cannot be resumed from: {reason}") from error
+
+
+@contextlib.contextmanager
+def sole_user(output: Path) -> Iterator[None]:
+    """Holds the lock of an output folder, which ends with the process at the latest.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    try:
+        held = FileLock(output / LOCK).acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"Another run writes to {output}: wait until it ends, or choose another --output_dir."
+        ) from error
+    with held:
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
 
 
 def find_checkpoints(output: Path) -> dict[int, Path]:
@@ -48,20 +158,27 @@ def save_checkpoint(accelerator, output: Path, step: int, save: Callable[[Path],
             _write_manifest(partial)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
+            flush_to_disk(output)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch's word for a full disk
+        if not _is_of_the_disk(error):
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         intact = find_checkpoints(output)
         kept = f"{intact[max(intact)].name} is intact" if intact else "there is no earlier one"
         raise CheckpointError(
             f"checkpoint-{step} could not be written to {output} ({error}); {kept}. Make room there, then continue "
             f"with --resume_from_checkpoint latest."
         ) from error
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
     if accelerator.is_main_process:
         for old in list(find_checkpoints(output).values())[:-total_limit]:
             shutil.rmtree(old)
     return folder
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    return not isinstance(error, RuntimeError) or any(words in str(error) for words in FULL_DISK)
 
 
 def set_aside(output: Path, step: int) -> list[Path]:
@@ -77,45 +194,79 @@ def set_aside(output: Path, step: int) -> list[Path]:
 
 
 def replace_contents(folder: Path, save: Callable[[Path], None]) -> None:
-    """Write into a new folder, then put each thing in it in the place of its namesake in `folder`, so that an error
-    or a full disk leaves the old ones."""
+    """Write files into a new folder, then put each in the place of its namesake in `folder`.
+
+    Each file is replaced at once, so that there is always an old or a new one, those of subfolders first. Other files
+    of these subfolders then go.
+
+    Raises:
+        CheckpointError: the disk is full or not writable. The old files are as they were.
+    """
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save(partial)
-        for path in partial.iterdir():
-            if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
-            os.replace(path, folder / path.name)
+        paths = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+        for path in paths:
+            flush_to_disk(partial / path)
+        for path in sorted(paths, key=lambda path: -len(path.parts)):
+            (folder / path).parent.mkdir(exist_ok=True)
+            os.replace(partial / path, folder / path)
+        for path in {folder / path.parent for path in paths} - {folder}:
+            for stale in {file for file in path.iterdir() if file.is_file()} - {folder / path for path in paths}:
+                stale.unlink()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The pipeline could not be written to {folder} ({error}); the checkpoints are intact. Make room there, "
+            f"then continue with --resume_from_checkpoint latest."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=2, sort_keys=True) + "\n")
+    """Flushes the files and lists them with their digests."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        flush_to_disk(path)
+    files = {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    flush_to_disk(folder / MANIFEST)
+    flush_to_disk(folder)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_corruption(folder: Path) -> str | None:
-    """What is missing or truncated in a checkpoint, in words; None if nothing is."""
+    """What is missing or damaged in a checkpoint, in words; None if nothing is."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        files = read_object(folder / MANIFEST)
+    except CheckpointError:
         return f"its {MANIFEST} is missing or damaged"
-    for name, size in files.items():
+    if not files:
+        return f"its {MANIFEST} names no file"
+    for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size}"
+        if _digest(folder / name) != digest:
+            return f"{name} is not as it was written (SHA-256)"
     return None
 
 
 def choose_checkpoint(resume: str | None, output: Path) -> Path | None:
     """The checkpoint to resume from: `resume` is a folder, "latest" in `output`, or None for a new run.
 
+    The latest is the last one that is whole: damaged ones are passed over, and named in a warning.
+
     Raises:
-        CheckpointError: none there, a damaged one (the latest intact one is offered), or a new run where an earlier
-            one left checkpoints.
+        CheckpointError: none there, a damaged one (the last whole one is offered), or a new run where an earlier one
+            left checkpoints.
     """
     found = find_checkpoints(output)
     if resume is None:
@@ -125,17 +276,29 @@ def choose_checkpoint(resume: str | None, output: Path) -> Path | None:
                 f"--resume_from_checkpoint latest, or choose another --output_dir."
             )
         return None
-    if resume != "latest":
-        folder = Path(resume)
-        found = {step: path for step, path in find_checkpoints(folder.parent).items() if path.name == folder.name}
-    if not found:
-        raise CheckpointError(f"--resume_from_checkpoint {resume}: no such checkpoint-STEP in {output}.")
-    folder = found[max(found)]
+    if resume == "latest":
+        return _last_whole(list(found.values()), output)
+    folder = Path(resume)
+    if folder not in find_checkpoints(folder.parent).values():
+        raise CheckpointError(f"--resume_from_checkpoint {resume}: no such checkpoint-STEP in {folder.parent}.")
     if problem := find_corruption(folder):
-        intact = [path for path in find_checkpoints(folder.parent).values() if not find_corruption(path)]
-        remedy = f"Resume from --resume_from_checkpoint {intact[-1]}" if intact else "No other one is intact"
+        others = [path for path in find_checkpoints(folder.parent).values() if not find_corruption(path)]
+        remedy = f"Resume from --resume_from_checkpoint {others[-1]}" if others else "No other one is intact"
         raise CheckpointError(f"{folder} is damaged: {problem}. {remedy}.")
     return folder
+
+
+def _last_whole(checkpoints: list[Path], output: Path) -> Path:
+    if not checkpoints:
+        raise CheckpointError(f"--resume_from_checkpoint latest: no such checkpoint-STEP in {output}.")
+    problems = []
+    for path in reversed(checkpoints):
+        if not (problem := find_corruption(path)):
+            for text in problems:
+                logger.warning("%s. The run goes on from %s.", text, path)
+            return path
+        problems.append(f"{path} is damaged: {problem}")
+    raise CheckpointError(f"{'; '.join(problems)}. No other one is intact.")
 
 
 def check_architecture(folder: Path, config: dict) -> None:
@@ -148,7 +311,7 @@ def check_architecture(folder: Path, config: dict) -> None:
     Raises:
         CheckpointError: names the fields that differ, with both values.
     """
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_object(folder / "config.json")
     free = {"sample_size", "coarse_size", "dropout"}  # neither changes what the weights compute in a trained network
     differing = [
         f"{name} is {saved.get(name)} there and {json.loads(json.dumps(value))} here"

@@ -4,6 +4,7 @@
 import copy
 import csv
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ..data.resolutions import Size
 from ..files import write_atomically
 from ..models.refiner import DFURefiner
 
+logger = logging.getLogger(__name__)
+
 
 class Table:
     """A CSV file that grows by rows; `column` names the one that counts steps.
@@ -23,20 +26,33 @@ class Table:
         path: the file.
         fields: names of the columns, "step" first.
         start_step: rows up to this step are kept from an earlier run, later ones dropped: they will be made again.
+            Damaged rows are dropped, too, with a warning.
     """
 
     def __init__(self, path: Path, fields: Sequence[str], start_step: int = 0):
         self.path, self.fields, self.rows = path, list(fields), []
         if start_step and path.exists():
-            with open(path, newline="") as file:
-                # A process killed while it wrote leaves half a row.
-                whole = [row for row in csv.DictReader(file) if None not in row.values()]
-            self.rows = [row for row in whole if int(row["step"]) <= start_step]
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
+                rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+            # A process killed while it wrote leaves half a row, the last one.
+            if damaged := sum(not self._is_whole(row) for row in rows[:-1]):
+                logger.warning("%d damaged rows of %s are left out.", damaged, path)
+            self.rows = [row for row in rows if self._is_whole(row) and int(row["step"]) <= start_step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.fields, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(path, text.getvalue())
+
+    def _is_whole(self, row: dict) -> bool:
+        """Whether the row has a number in each column but that of the resolution."""
+        if list(row) != self.fields or None in row.values():
+            return False
+        try:
+            [float(value) for name, value in row.items() if name != "resolution"]
+            return int(row["step"]) > 0
+        except ValueError:
+            return False
 
     def append(self, *values) -> None:
         self.rows.append(dict(zip(self.fields, values)))

@@ -41,6 +41,17 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))  # no blocks of their own; never shrink
 
 
+def end_workers(batches: Iterator) -> None:
+    """End the processes that load images for an iterator of a DataLoader, if it has any.
+
+    They ignore SIGTERM (`ignore_signals`), with which Python would end them when it exits, and wait for them.
+    """
+    if workers := getattr(batches, "_workers", []):
+        batches._shutdown_workers()
+        for worker in workers:
+            worker.kill()
+
+
 class DataError(RuntimeError):
     """Images that cannot be had; the message says which, why, and what to do."""
 
@@ -95,8 +106,9 @@ class TrainingStep:
     def _next_batch(self) -> dict[str, torch.Tensor]:
         try:
             return next(self.batches)
-        except ValueError as error:  # of our data sets; a worker puts its own trail before the message
-            raise DataError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        except (ValueError, OSError) as error:  # of our data sets; a worker puts its own trail before the message
+            message = str(error).strip().splitlines()[-1]
+            raise DataError(message.removeprefix(f"{type(error).__name__}: ")) from error
 
     def _synchronize(self, last: bool):
         """Processes exchange gradients with the last micro-batch only."""
@@ -126,10 +138,17 @@ class WeightAverages:
         if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("DeepSpeed's zero_stage: 3 spreads each weight: use stage 1 or 2, or FSDP.")
         self.accelerator, self.rules = accelerator, rules
-        self.parameters = dict(accelerator.unwrap_model(model).named_parameters())
+        self.parameters = dict(accelerator.unwrap_model(model, keep_torch_compile=False).named_parameters())
         self.holds_a_share = accelerator.is_main_process or kind == DistributedType.FSDP
         values = list(self.parameters.values())
         self.averages = {name: make(values) for name, make in rules.items()} if self.holds_a_share else {}
+
+    def are_finite(self) -> bool:
+        """Whether all weights and averages are, on every process."""
+        shadows = (shadow for average in self.averages.values() for shadow in average.shadow_params)
+        tensors = (p.to_local() if isinstance(p, DTensor) else p for p in (*self.parameters.values(), *shadows))
+        broken = not all(tensor.isfinite().all() for tensor in tensors)
+        return self.accelerator.reduce(torch.tensor(float(broken), device=self.accelerator.device), "sum").item() == 0
 
     def step(self) -> None:
         for average in self.averages.values():
