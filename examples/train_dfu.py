@@ -254,6 +254,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     config = config_parser.parse_known_args(argv)[0].config
     args = parser.parse_args((options_of_file(parser, config) if config else []) + argv)
 
+    for name in ("train_data_dir", "dataset_name"):
+        if vars(args)[name] == "":
+            parser.error(f"--{name} is empty: name the images, or leave it out to train on portraits")
     if args.train_data_dir and args.dataset_name:
         parser.error("--train_data_dir and --dataset_name: give one of them")
     if args.streaming and (not (args.dataset_name or args.train_data_dir) or args.cache_dir):
@@ -946,15 +949,16 @@ class Run:
         args, facts = self.args, self._facts()
         last = {row["resolution"]: float(row["loss"]) for row in self.validation_log.rows}
         recent = [loss for row in self.log.rows[-100:] if math.isfinite(loss := float(row["loss"]))]
-        classes = ", ".join(f"{i} {name}" for i, name in enumerate(self.data.class_names or []))
+        on_the_hub = args.dataset_name and not Path(args.dataset_name).exists()
+        source = self.data.images if on_the_hub else Path(self.data.images or "").resolve().name
         card = hub.model_card(
             hub.TEMPLATE,
             self.output,
             args.hub_model_id or self.output.name,
             train_sizes=[format_resolution(size) for size in args.resolutions + args.upsample_resolutions],
-            data=self.data.description + (f". Classes: {classes}" if classes else ""),
-            datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
-            command=facts["command"],
+            data=self.data.description.replace(str(self.data.images), source),
+            class_names=self.data.class_names,
+            datasets=[args.dataset_name] if on_the_hub else None,
             options=facts["options"],
             images_seen=args.max_train_steps * args.batch_size,
             hardware=f"{facts['processes']} x {facts['device']}",

@@ -28,7 +28,7 @@ that is in steps of their size. So nothing here uses huggingface_hub's `upload_l
 
 from .card import METADATA, TEMPLATE, card_head, check_card, model_card, update_card
 from .folder import CARD, HubError
-from .push import check_push, files_to_push, push_folder
+from .push import check_push, files_left_out, files_to_push, push_folder
 from .weights import DTYPES, convert
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "check_card",
     "check_push",
     "convert",
+    "files_left_out",
     "files_to_push",
     "model_card",
     "push_folder",

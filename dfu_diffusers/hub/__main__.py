@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from .folder import HubError, _read_card
-from .push import NO_ANSWER, _cause, _status, _validate_card, check_push, files_to_push, push_folder
+from .push import NO_ANSWER, _cause, _status, _validate_card, check_push, files_left_out, files_to_push, push_folder
 from .weights import DTYPES, convert
 
 
@@ -41,7 +41,10 @@ def main(argv=None) -> None:
 
 
 def _push(args) -> None:
-    _list(files_to_push(args.folder, args.self_contained, args.include))
+    what = (args.folder, args.self_contained, args.include)
+    _list(files_to_push(*what))
+    if left_out := files_left_out(*what):
+        print(f"Left out, unless --include names them: {', '.join(left_out)}")
     card = _read_card(Path(args.folder))
     if args.dry_run:
         return _look_at(card, args.repo_id)

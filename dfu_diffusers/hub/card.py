@@ -1,15 +1,16 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Model cards: filled from a template, checked, and kept up to date."""
 
+import html
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 
 import diffusers
 import jinja2
 import jinja2.meta
+import numpy as np
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from .. import __version__
 from ..data.resolutions import Size, format_resolution
 from ..files import write_atomically
-from .folder import CARD, HubError, _code, _components, _one_line
+from .folder import CARD, HubError, _code, _components, _one_line, _read_card, _read_mapping, _variant
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "model_card.md"  # of `model_card`
 METADATA = {
@@ -39,13 +40,8 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({place}, trust_remote_code=True)
 ```
 """
-TOKEN = re.compile(r"\bhf_\w{20,}")
-WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+""")  # of a command for a shell
-# Absolute paths. In a text a directory's name may have spaces within, but a comma or quotation mark ends the path.
-ROOT, HOME = r"[/\\]+(?=[^\s/\\])", r"(?:file:/*|~[\w.-]*|[A-Za-z]:)"
-DIRECTORY = r"""(?:[^/\\'"\n,;|<>]*[^/\\'"\s,;|<>][/\\]+(?=[^\s/\\'",;]))"""
-DIRECTORIES = re.compile(rf"(?<![\w.:/\\~])(?:{HOME}{ROOT}{DIRECTORY}*|{ROOT}{DIRECTORY}+)")
-VALUE = re.compile(rf"(-[\w-]+=|[A-Z_]+=)?({HOME}?{ROOT}.*)", re.DOTALL)  # a path as a whole, or --option=path
+TOKEN, CREDENTIALS = re.compile(r"\bhf_\w{20,}"), re.compile(r"://(?!git@)[^/?#\s@]+@")
+WORD = re.compile(r"[\w.+-]{1,20}")  # an option's value that a card shows
 
 
 def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) -> str:
@@ -59,19 +55,21 @@ def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) 
         facts: `license` (the Hub's identifier, "apache-2.0") and `datasets` (Hub ids) also enter the metadata.
             `train_sizes` is a list such as ["16", "24x32"], `validation` maps such sizes to losses, `metrics` maps
             names to such a mapping each, {"FID": {"32": 12.3}}; both enter the metadata as `model-index`, too.
-            `options` and `versions` map names to values. `self_contained` tells how to load without this package; it
-            is true of a folder that was saved so. From every text, directories of absolute paths and access tokens are
-            cut; a directory ends at the last slash of a phrase, since its name may have spaces.
+            `options` maps names to values, of which numbers and short words are shown: no paths, addresses or texts.
+            `class_names` are shown as plain text. `self_contained` tells how to load without this package; it is true
+            of a folder that was saved so. From every text access tokens and the credentials of addresses are cut;
+            paths are not, so write none.
 
     Returns:
         Markdown that begins with valid metadata.
 
     Raises:
-        HubError: the folder holds no pipeline, or the metadata are not valid.
+        HubError: the folder holds no pipeline with a unet, or the metadata are not valid.
         TypeError: a fact that the template does not know.
     """
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["thousands"] = "{:,}".format
+    environment.filters["plain"] = _plain
     text = Path(template).read_text(encoding="utf-8")
     known = jinja2.meta.find_undeclared_variables(environment.parse(text)) - {"card_data"}
     known |= {"metrics", "self_contained"}
@@ -79,7 +77,8 @@ def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) 
         raise TypeError(f"{template} has no place for {', '.join(unknown)}: it knows {', '.join(sorted(known))}.")
 
     values = {"repo_id": repo_id, "name": repo_id.split("/")[-1], **_facts_of(Path(folder)), **facts}
-    public = {name: (_public_command if name == "command" else _public)(value) for name, value in values.items()}
+    values["options"] = {k: v for k, v in (values.get("options") or {}).items() if _is_brief(v)}
+    public = _without_secrets(values)
     head = card_head(public.get("license"), public.get("datasets"), **_results(values["name"], public))
     head = head.removeprefix("---\n").removesuffix("\n---\n")
     filled = environment.from_string(text).render({**dict.fromkeys(known), **public}, card_data=head)
@@ -135,17 +134,22 @@ def _results(name: str, facts: dict) -> dict:
 
 
 def check_card(text: str) -> None:
-    """Raise a HubError unless the text begins with the metadata by which the Hub lists and loads a model.
+    """Raise a HubError unless the text begins with the metadata by which the Hub lists and loads a model, or if it
+    holds an access token or an address with credentials.
 
-    This needs no network; the Hub validates them again before every push.
+    This needs no network; the Hub validates the metadata again before every push.
     """
     remedy = f"write {', '.join(METADATA)} between two lines of --- at its top, as in model_card.md"
     try:
         data = ModelCard(text).data
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise HubError(f"The metadata of {CARD} cannot be read ({_one_line(error)}): {remedy}.") from error
     if missing := [name for name in METADATA if not data.get(name)]:
         raise HubError(f"The metadata of {CARD} lack {', '.join(missing)}: {remedy}.")
+    if odd := [name for name, value in METADATA.items() if type(data.get(name)) is not type(value)]:
+        raise HubError(f"The metadata of {CARD} have no text or no list where {', '.join(odd)} belongs: {remedy}.")
+    if TOKEN.search(text) or CREDENTIALS.search(text):
+        raise HubError(f"{CARD} holds an access token, or an address with a password: cut it, and replace the secret.")
 
 
 def update_card(
@@ -162,10 +166,9 @@ def update_card(
     Raises:
         HubError: there is no card, or its metadata are not valid.
     """
-    path = folder / CARD
-    if not path.is_file():
+    text = _read_card(folder)
+    if text is None:
         raise HubError(f"{folder} has no {CARD} to update: train_dfu.py and model_card write one.")
-    text = path.read_text(encoding="utf-8")
     check_card(text)
     card = ModelCard(text, ignore_metadata_errors=False)
     new = [
@@ -181,17 +184,24 @@ def update_card(
     card.data.eval_results = old + new
     card.data.model_name = card.data.model_name or folder.resolve().name
     check_card(str(card))
-    write_atomically(path, str(card))
+    write_atomically(folder / CARD, str(card))
 
 
 def _facts_of(folder: Path) -> dict:
     """What the saved pipeline itself can tell."""
-    _components(folder)  # is it a pipeline?
-    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    components = _components(folder)
+    if "unet" not in components:
+        raise HubError(f"{folder} holds a pipeline without a unet, which no template here describes: write its card.")
+    refiner = "refiner" in components
+    config = _read_mapping(folder / "unet" / "config.json")
+    size = _read_mapping(folder / "refiner" / "config.json").get("sample_size") if refiner else None
+    try:
+        height, width = np.broadcast_to(size or config.get("sample_size"), 2).tolist()
+    except ValueError as error:
+        raise HubError(f"The sample_size in the configurations of {folder} is no size: save it again.") from error
     return {
         "parameters": _count_parameters(folder / "unet"),
+        "refiner_parameters": _count_parameters(folder / "refiner") if refiner else None,
         "height": height,
         "width": width,
         "classes": config.get("num_class_embeds"),
@@ -208,35 +218,30 @@ def _facts_of(folder: Path) -> dict:
 def _count_parameters(folder: Path) -> int:
     total = 0
     for path in folder.glob("*.safetensors"):
-        if path.name.count(".") == 1:  # others are variants, the same weights once more: *.fp16.safetensors
+        if _variant(path.name) == "":  # others hold the same weights once more: *.fp16.safetensors
             with safe_open(path, "pt") as weights:
                 total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     return total
 
 
-def _public(value, is_text: bool = True):
-    """The value without what is nobody's business: where files lie on this machine, and tokens.
-
-    Of a path that is a value as a whole, in a mapping say, the name stays; in a text, its last directory and the rest.
-    """
-    if isinstance(value, dict):
-        return {key: _public(each, is_text=False) for key, each in value.items()}
+def _is_brief(value) -> bool:
+    """Whether an option's value is a number, a short word, or a list of these: nothing that could be a path."""
     if isinstance(value, (list, tuple)):
-        return [_public(each, is_text=False) for each in value]
-    if not isinstance(value, (str, Path)):
+        return all(map(_is_brief, value))
+    return value is None or isinstance(value, (bool, int, float)) or bool(WORD.fullmatch(str(value)))
+
+
+def _plain(text) -> str:
+    """Text of strangers, such as the name of a class, as Markdown that shows it literally, in one line."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def _without_secrets(value):
+    """The value with access tokens and the credentials of addresses cut from all its texts."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(each) for each in value]
+    if not isinstance(value, str):
         return value
-    text = TOKEN.sub("hf_***", str(value))
-    if not is_text and (path := VALUE.fullmatch(text)):
-        return (path[1] or "") + re.split(r"[/\\]+", path[2].rstrip("/\\"))[-1]
-    return DIRECTORIES.sub("", text)
-
-
-def _public_command(command: str | None) -> str | None:
-    """The same for a command line, word by word; words that may stay keep their quotes."""
-
-    def public(word: re.Match) -> str:
-        plain = re.sub(r"""['"]|\\(?=\s)""", "", word[0])  # not shlex.split, which drops the separators of Windows
-        shown = _public(plain, is_text=False)
-        return word[0] if shown == plain else shlex.quote(shown)
-
-    return command and WORD.sub(public, TOKEN.sub("hf_***", command))
+    return CREDENTIALS.sub("://", TOKEN.sub("hf_***", value))

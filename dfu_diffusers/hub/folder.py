@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 CARD, INDEX = "README.md", "model_index.json"
+CONFIGS = ("config.json", "scheduler_config.json")  # of components
+WEIGHTS = r"(?:diffusion_pytorch_)?model"  # what names of files with weights begin with
 
 
 class HubError(Exception):
@@ -13,11 +15,31 @@ class HubError(Exception):
 
 
 def _index(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise HubError(f"{folder} is no folder: name one that DFUPipeline.save_pretrained wrote.")
+    return _read_mapping(folder / INDEX)
+
+
+def _read_mapping(path: Path) -> dict:
+    """The content of a JSON file that must be a mapping, or a HubError."""
     try:
-        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        reason = "is no folder" if not folder.is_dir() else f"holds no {INDEX} that can be read ({error})"
-        raise HubError(f"{folder} {reason}: name one that DFUPipeline.save_pretrained wrote.") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}, not a mapping")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise HubError(
+            f"{path.parent} holds no {path.name} that can be read ({_one_line(error)}): save the pipeline again with "
+            "save_pretrained."
+        ) from error
+
+
+def _variant(name: str) -> str | None:
+    """Of a file of weights or their index: "fp16", "raw", "" for the main weights; None of another file."""
+    index = rf"{WEIGHTS}\.safetensors\.index(?:\.(?P<a>\w+))?\.json"
+    weights = rf"{WEIGHTS}(?:\.(?P<b>\w+))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors"
+    match = re.fullmatch(f"{index}|{weights}", name)
+    return (match["a"] or match["b"] or "") if match else None
 
 
 def _components(folder: Path) -> list[str]:
@@ -44,7 +66,10 @@ def _code(folder: Path) -> list[Path]:
 
 def _read_card(folder: Path) -> str | None:
     path = folder / CARD
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HubError(f"{path} cannot be read ({_one_line(error)}): save it as text in UTF-8.") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -16,7 +16,19 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from ..pipelines.dfu import DFUPipeline
 from ..pipelines.remote_code import REMOTE_CODE_MODULES, code_files
 from .card import _fit_card, check_card
-from .folder import CARD, INDEX, HubError, _code, _components, _index, _one_line, _read_card
+from .folder import (
+    CARD,
+    CONFIGS,
+    INDEX,
+    HubError,
+    _code,
+    _components,
+    _index,
+    _one_line,
+    _read_card,
+    _read_mapping,
+    _variant,
+)
 
 logger = logging.getLogger(__name__)
 CODE = [f"{module}.py" for module in REMOTE_CODE_MODULES]  # of self-contained repositories
@@ -32,11 +44,12 @@ def files_to_push(
 ) -> list[tuple[str, int]]:
     """What of a pipeline's folder belongs on the Hub: paths relative to it, with sizes in bytes.
 
-    These are model_index.json, *.safetensors and *.json of the components it lists, README.md with the pictures that
-    it shows, and the trainer's pictures and tables; besides the modules that model_index.json names, or, with
-    `self_contained`, those that make the pipeline load without this package. Nothing else leaves the machine: no
-    checkpoints, logs, optimizer states or pickled weights, and no run.json, which tells the paths of the machine it
-    ran on; for the same reason `_name_or_path`, which diffusers adds, is cut from the configurations.
+    These are model_index.json; of the components it lists config.json, scheduler_config.json and the safetensors
+    weights with their index, in every precision; README.md with the pictures that it shows, and the trainer's pictures
+    and tables; besides the modules that model_index.json names, or, with `self_contained`, those that make the
+    pipeline load without this package. Nothing else leaves the machine, see `files_left_out`: no checkpoints, logs,
+    optimizer states, pickles or other files that lie among these. `_name_or_path`, which diffusers adds, is cut from
+    the configurations.
 
     `include` asks for more: patterns such as "logs", "checkpoint-*" or "**/*.txt", relative to the folder. What they
     match goes up as it is, folders with all that is in them, pickles and paths of this machine, too.
@@ -44,10 +57,21 @@ def files_to_push(
     README.md goes up with code that loads the model from where it was pushed: it may grow or shrink by a few bytes.
 
     Raises:
-        HubError: the folder holds no pipeline, one without safetensors weights, or nothing that `include` matches.
+        HubError: the folder holds no pipeline, one without safetensors weights, nothing that `include` matches, or a
+            link to a file outside of it.
     """
     contents = _contents(Path(folder), self_contained, include)
     return [(path, len(at) if isinstance(at, bytes) else at.stat().st_size) for path, at in contents.items()]
+
+
+def files_left_out(folder: str | Path, self_contained: bool = False, include: Sequence[str] = ()) -> list[str]:
+    """What `files_to_push` leaves out: files and folders beside the pipeline's own, and files of its components."""
+    folder = Path(folder)
+    pushed = {Path(path) for path in _contents(folder, self_contained, include)}
+    kept = pushed | {parent for path in pushed for parent in path.parents}
+    inside = [path for name in _components(folder) for path in (folder / name).iterdir()]
+    found = [path.relative_to(folder) for path in sorted([*folder.iterdir(), *inside])]
+    return [path.as_posix() for path in found if path not in kept]
 
 
 def _contents(
@@ -56,18 +80,17 @@ def _contents(
     """What to push, by path: a file on the disk, or its content where that is changed on the way."""
     paths = [folder / INDEX]
     for component in _components(folder):
-        found = [
-            path for path in sorted((folder / component).glob("[!.]*")) if path.suffix in (".safetensors", ".json")
-        ]
+        found = [path for path in sorted((folder / component).glob("*")) if _is_known(path.name)]
         names = {path.name for path in found}
         if not names or ("config.json" in names and not any(name.endswith(".safetensors") for name in names)):
-            missing = "no *.safetensors weights" if names else "no *.json"
+            missing = "no *.safetensors weights" if names else "no configuration"
             raise HubError(
                 f"{folder / component}, a component of the pipeline, holds {missing}: save the pipeline again "
                 f"with save_pretrained({str(folder)!r})."
             )
         paths += found
-    shown = re.findall(r"!\[[^]]*]\((\w[\w.-]*\.(?:png|jpe?g|webp))\)", _read_card(folder) or "")
+    card = _read_card(folder) or ""
+    shown = re.findall(r"!\[[^]\n]{0,300}]\((\w[\w.-]{0,100}\.(?:png|jpe?g|webp))\)", card)
     paths += [folder / name for name in dict.fromkeys([CARD, *REPORTS, *shown])]
     contents = {path.relative_to(folder).as_posix(): path for path in [*paths, *_code(folder)] if path.is_file()}
     named = _index(folder).get("_class_name")
@@ -79,17 +102,25 @@ def _contents(
     if self_contained and not isinstance(named, list):
         files = code_files(folder, getattr(diffusers, str(named), DFUPipeline))
         contents |= {path: text.encode() for path, text in files.items()}
-    try:
-        contents = {path: _without_origin(at) if path.endswith(".json") else at for path, at in contents.items()}
-    except ValueError as error:
-        raise HubError(
-            f"A *.json of {folder} cannot be read ({_one_line(error)}): save the pipeline again."
-        ) from error
-    card = _read_card(folder) or ""
+    contents |= {path: _without_origin(at) for path, at in contents.items() if Path(path).name in (INDEX, *CONFIGS)}
     fitted = _fit_card(card, repo_id, self_contained or bool(_code(folder)), revision)
     if fitted != card:
         contents[CARD] = fitted.encode()
-    return {path.relative_to(folder).as_posix(): path for path in _included(folder, include)} | contents
+    contents = {path.relative_to(folder).as_posix(): path for path in _included(folder, include)} | contents
+    _check_links(folder, map(folder.joinpath, contents))
+    return contents
+
+
+def _is_known(name: str) -> bool:
+    """Whether a file of this name belongs to a component."""
+    return name in CONFIGS or _variant(name) is not None
+
+
+def _check_links(folder: Path, paths: Iterable[Path]) -> None:
+    """Raise a HubError if one of the paths, or a folder on the way to it, is a link that leaves the folder."""
+    for path in paths:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise HubError(f"{path} is a link that leaves {folder}: put a copy of what it shall publish in its place.")
 
 
 def _included(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -106,9 +137,8 @@ def _included(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _without_origin(content: Path | bytes) -> Path | bytes:
-    """The same, unless it is a configuration that names the folder from which diffusers loaded the part."""
-    config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
-    if "_name_or_path" not in config:
+    """A configuration without the name of the folder from which diffusers loaded the part."""
+    if isinstance(content, bytes) or "_name_or_path" not in (config := _read_mapping(content)):
         return content
     del config["_name_or_path"]
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -1,16 +1,14 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Weights of a saved pipeline in another precision."""
 
-import json
 import os
-import re
 import tempfile
 from pathlib import Path
 
 import diffusers
 import torch
 
-from .folder import HubError, _components, _one_line
+from .folder import HubError, _components, _one_line, _read_mapping, _variant
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -40,10 +38,9 @@ def convert(folder: str | Path, dtype: str, max_shard_size: str = "10GB") -> lis
 def _convert_model(folder: Path, dtype: str, max_shard_size: str) -> list[Path]:
     variant = None if dtype == "fp32" else dtype
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_class = getattr(diffusers, config["_class_name"])
+        model_class = getattr(diffusers, _read_mapping(folder / "config.json")["_class_name"])
         model = model_class.from_pretrained(folder, torch_dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise HubError(
             f"{folder} holds no weights to convert ({_one_line(error)}): save the pipeline again."
         ) from error
@@ -60,11 +57,3 @@ def _convert_model(folder: Path, dtype: str, max_shard_size: str) -> list[Path]:
     for path in old.difference(written):
         path.unlink()
     return written
-
-
-def _variant(name: str) -> str | None:
-    """Of a file of weights or their index: "fp16", "raw", "" for the main weights; None of another file."""
-    index = r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<a>\w+))?\.json"
-    weights = r"diffusion_pytorch_model(?:\.(?P<b>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors"
-    match = re.fullmatch(f"{index}|{weights}", name)
-    return (match["a"] or match["b"] or "") if match else None
