@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -599,12 +598,19 @@ def test_a_compiled_model_is_a_model(make_pipe):
     assert sample(pipe, guidance_scale=2.0).isfinite().all()
 
 
+class CosineLevels(EDMEulerScheduler):
+    """Tells noise levels as diffusers' CosineDPMSolverMultistepScheduler does."""
+
+    def precondition_noise(self, sigma):
+        return torch.atan(sigma) * 2 / math.pi
+
+
 @pytest.mark.parametrize(
     "scheduler, match",
     [
         (DDIMScheduler(), "must precondition the network as EDM does, but DDIMScheduler does not: use `EDMHeunSch"),
         (EulerDiscreteScheduler.from_config(EDMHeunScheduler().config), "but EulerDiscreteScheduler does not"),
-        (CosineDPMSolverMultistepScheduler(), "but CosineDPMSolverMultistepScheduler does not"),
+        (CosineLevels(), "but CosineLevels does not"),
         (
             EDMEulerScheduler(prediction_type="sample"),
             "`prediction_type` .*, but EDMEulerScheduler has 'sample'",
