@@ -678,7 +678,7 @@ class Run:
                 for done in range(self.start + 1, end + 1):
                     stopping = self.step(done, stop)
                     if done == end or done % args.checkpointing_steps == 0 or stopping:
-                        save_checkpoint(self.accelerator, self.output, done, self._save, args.checkpoints_total_limit)
+                        self._checkpoint(done)
                     if done < end and self._is_report_due(done):
                         self._report(done)
                     if stopping and done < end:
@@ -747,7 +747,7 @@ class Run:
 
     def begin(self, batches) -> None:
         """Say what is to come, and open the tables."""
-        self.nonfinite, self.recent, self.progress = 0, {}, self._progress_bar()
+        self.nonfinite, self.has_loss, self.recent, self.progress = 0, True, {}, self._progress_bar()
         max_grad_norm = self.args.max_grad_norm
         self.training_step = TrainingStep(
             self.accelerator, self.model, self.optimizer, self.loss, self.sampler, batches, max_grad_norm
@@ -797,13 +797,13 @@ class Run:
     def step(self, done: int, stop: StopSignal) -> bool:
         """Step `done` and what belongs to each: averages of weights and losses, logs, a count of losses not finite.
         Returns whether a process was asked to stop."""
-        self.done = done
         loss, grad_norm, stopping = self.training_step(done - 1, value=float(stop.name is not None))
         self.lr_scheduler.step()
         name = format_resolution(self.sampler.resolution(done - 1))
         # The gradient scaler of fp16 finds its scale by halving one that overflows, from 2^16 on.
         patience = self.args.max_nonfinite_steps + (24 if self.args.mixed_precision == "fp16" else 0)
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        self.has_loss = math.isfinite(loss)
+        if self.has_loss and math.isfinite(grad_norm):
             self.nonfinite = 0
             self.averages.step()
             self.recent[name] = 0.9 * self.recent.get(name, loss) + 0.1 * loss
@@ -829,18 +829,28 @@ class Run:
         self.accelerator.log(values, step=done)
 
     def _check_finite(self, done: int) -> None:
-        """All that is saved or exported passes here."""
-        if self.averages.are_finite():
-            return
+        """Weights that are saved or exported pass here."""
+        if not self.averages.are_finite():
+            raise self._diverged(f"The weights are not finite after step {done}")
+
+    def _diverged(self, what: str) -> CheckpointError:
         found = find_checkpoints(self.output)
-        remedy = f"go on from {found[max(found)]}" if found else "begin again"
-        raise CheckpointError(
-            f"The weights are not finite after step {done}: the training has diverged, and nothing of it was saved. "
-            f"{remedy[0].upper()}{remedy[1:]} with a --learning_rate below {self.args.learning_rate}."
+        remedy = f"Go on from {found[max(found)]}" if found else "Begin again"
+        return CheckpointError(
+            f"{what}: the training has diverged, and is neither saved nor exported. {remedy} with a --learning_rate "
+            f"below {self.args.learning_rate}."
         )
 
+    def _checkpoint(self, done: int) -> None:
+        """Weights whose loss is not finite are none to go on from; an earlier checkpoint stays the latest."""
+        args = self.args
+        if self.has_loss:
+            self._check_finite(done)
+            save_checkpoint(self.accelerator, self.output, done, self._save, args.checkpoints_total_limit)
+        elif done == args.max_train_steps:
+            raise self._diverged(f"The loss is not finite in the last step, {done}")
+
     def _save(self, folder: Path) -> None:
-        self._check_finite(self.done)
         save_state(self.accelerator, self.model, self.optimizer, folder)
         self.averages.save(folder)
         if self.main:
@@ -897,6 +907,8 @@ class Run:
     def _validate(self, model, done: int) -> None:
         with self.accelerator.autocast():
             losses = self.validation(model)
+        if not all(values.isfinite().all() for values in losses.values()):
+            raise self._diverged(f"The held-out loss is not finite after step {done}")
         for size, values in losses.items():
             name = format_resolution(size)
             self.validation_log.append(done, name, *values.tolist())

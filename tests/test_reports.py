@@ -5,11 +5,13 @@ import csv
 import numpy as np
 import pytest
 import torch
+from conftest import draw, redraw
 from PIL import Image
+from sampling import silent
 
-from dfu_diffusers import DFUPipeline, EDMHeunScheduler
+from dfu_diffusers import DFUPipeline, DFURefiner, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers.files import write_atomically
-from dfu_diffusers.training.reports import Table, activation_bytes, plot_losses, sample_sheet
+from dfu_diffusers.training.reports import Table, activation_bytes, enlargement_sheet, plot_losses, sample_sheet
 
 FIELDS = ["step", "resolution", "loss"]
 
@@ -31,6 +33,22 @@ def test_a_table_continues_after_a_checkpoint_and_drops_what_will_be_done_again(
     assert rows(path)[3] == {"step": "4", "resolution": "8x12", "loss": "0.5"}
     Table(path, FIELDS)
     assert rows(path) == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["1,8x8", "one,8x8,0.5", "1,8x8,half", "1,8x8,0.5,more", "-1,8x8,0.5", "\0\0\0", "1,8x8,\xff"]
+)
+def test_damaged_rows_are_left_out(tmp_path, damage, caplog):
+    path = tmp_path / "loss.csv"
+    path.write_bytes(f"step,resolution,loss\n{damage}\n2,8x8,0.5\n3,8x8,0.25\n".encode("latin-1"))
+    table = Table(path, FIELDS, start_step=9)
+    assert [row["step"] for row in table.rows] == [row["step"] for row in rows(path)] == ["2", "3"]
+    assert "1 damaged rows" in caplog.text
+
+
+def test_a_table_of_other_columns_begins_anew(tmp_path):
+    (tmp_path / "loss.csv").write_text("step,other\n1,2\n2,3\n")
+    assert Table(tmp_path / "loss.csv", FIELDS, start_step=9).rows == []
 
 
 def test_the_plot_shows_every_resolution(tmp_path):
@@ -56,6 +74,18 @@ def test_a_sheet_holds_the_samples_of_its_seeds(make_model):
     second = pipe(height=4, width=8, class_labels=1, generator=generator).images[0]
     shown = sheet.crop((56 + 34, 18, 56 + 34 + 32, 34))
     assert np.array_equal(np.array(shown), np.array(second.resize((32, 16), Image.Resampling.NEAREST)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sheet_shows_what_a_refiner_makes_of_images(channels):
+    refiner = redraw(DFURefiner(in_channels=channels, hidden_channels=8, num_layers=1)).eval()
+    pipe = silent(DFUSuperResolutionPipeline(None, EDMHeunScheduler(), refiner=refiner))
+    images = 0.3 * draw(2, channels, 4, 6)
+    sheet = enlargement_sheet(pipe, images, seed=3, cell=32)
+    assert sheet.size == (56 + 2 * (48 + 2), 4 * (32 + 2))
+    given = np.array(sheet.crop((56, 0, 56 + 48, 32)))[::8, ::8].transpose(2, 0, 1)  # each pixel is a square of 8
+    expected = ((images[0] + 1) * 127.5).round().clamp(0, 255).expand(3, -1, -1).numpy()
+    assert np.array_equal(given, expected.astype(np.uint8))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

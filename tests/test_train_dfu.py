@@ -25,6 +25,7 @@ from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionP
 from dfu_diffusers.data.portraits import PortraitDataset
 from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler
 from dfu_diffusers.training import losses as losses_module
+from dfu_diffusers.training.checkpoints import sole_user
 from dfu_diffusers.training.ema import reconstruct
 from dfu_diffusers.training.freezing import parameter_groups
 from dfu_diffusers.training.losses import fit_size
@@ -68,12 +69,10 @@ def losses(folder):
 
 
 def state(folder, step):
-    """All that a checkpoint holds: weights, averages, optimizer, learning rate."""
+    """All that a checkpoint holds: weights, averages, optimizer."""
     folder = folder / f"checkpoint-{step}"
     tensors = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
-    tensors["optimizer"] = torch.load(folder / "optimizer.bin", weights_only=True)
-    tensors["schedule"] = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
-    return tensors
+    return {**tensors, "settings": json.loads((folder / "optimizer.json").read_text())}
 
 
 def assert_same(a, b):
@@ -219,6 +218,49 @@ def test_a_signal_to_the_whole_group_saves_too(tmp_path, photos):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Stopped by SIGTERM after step" in printed
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def validation_rows(folder):
+    return [(row["step"], row["resolution"]) for row in csv.DictReader(open(folder / "validation.csv"))]
+
+
+def test_a_report_that_a_signal_cut_off_is_made_and_none_twice(tmp_path, monkeypatch):
+    options = ["--max_train_steps", "4", "--report_images", "8", "--checkpointing_steps", "2"]
+    train(tmp_path / "whole", *options)
+
+    def log_and_signal(self, done, *values, original=train_dfu.Run._log):
+        original(self, done, *values)
+        if done == 1:
+            signal.raise_signal(signal.SIGTERM)  # so step 2, which reports, is the last
+
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dfu.Run, "_log", log_and_signal)
+        run(*TINY, "--output_dir", stopped, *options)
+    assert validation_rows(stopped) == validation_rows(tmp_path / "whole")[:2]
+    (stopped / "validation.csv").unlink()  # as if the report had been killed
+    train(stopped, *options, "--resume_from_checkpoint", "latest")
+    assert (stopped / "validation.csv").read_text() == (tmp_path / "whole" / "validation.csv").read_text()
+    train(stopped, *options, "--resume_from_checkpoint", "latest")
+    assert (stopped / "validation.csv").read_text() == (tmp_path / "whole" / "validation.csv").read_text()
+    assert losses(stopped) == losses(tmp_path / "whole")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    with sole_user(tmp_path), pytest.raises(SystemExit, match="Another run writes to"):
+        train(tmp_path)
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_compiled_by_the_launcher_the_names_of_weights_stay(tmp_path, monkeypatch):
+    """As by `accelerate launch --dynamo_backend eager`; the checkpoint is one of an ordinary run."""
+    options = ["--resolutions", "8", "--save_raw_weights"]
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+        train(tmp_path, *options, "--max_train_steps", "1", "--checkpointing_steps", "1")
+    weights = state(tmp_path, 1)["model.safetensors"]
+    assert weights.keys() == DFUPipeline.from_pretrained(tmp_path, variant="raw").unet.state_dict().keys()
+    train(tmp_path, *options, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
 
 
 def launch(config, folder, *options):
@@ -462,8 +504,8 @@ def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(tmp_path):
     groups = parameter_groups(pipe.unet)
     frozen = {n for n, group in groups.items() if group[1] in ("spatial", "embedding") or group == (0, "norm")}
     assert {name for name in before if torch.equal(before[name], after[name])} == frozen
-    optimizer = torch.load(tmp_path / "tuned" / "checkpoint-4" / "optimizer.bin", weights_only=True)
-    assert len(optimizer["state"]) == len(before) - len(frozen)
+    moments = state(tmp_path / "tuned", 4)["optimizer.safetensors"]
+    assert len({name.split(".")[0] for name in moments}) == len(before) - len(frozen)
     assert "16x16" in {row["resolution"] for row in losses(tmp_path / "tuned")}
     assert pipe.unet.config.sample_size == 16
     # Rows of the sheet: 8x8, 8x12, the 16x16 that was trained for, 24x24, 32x32.
@@ -512,11 +554,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(tmp_path, monkeypatch):
     monkeypatch.setattr(train_dfu, "PortraitDataset", Poisoned)
     train(tmp_path / "run", "--max_train_steps", "3", "--checkpointing_steps", "1", "--checkpoints_total_limit", "3")
     assert [np.isfinite(float(row["loss"])) for row in losses(tmp_path / "run")] == [True, False, True]
-    one, two, three = (state(tmp_path / "run", step) for step in (1, 2, 3))
-    for name in ("model.safetensors", "average-ema.safetensors"):
-        assert_same(one[name], two[name])
-    assert_same(one["optimizer"]["state"], two["optimizer"]["state"])
-    assert not torch.equal(*(s["model.safetensors"]["conv_in.spatial.weight"] for s in (two, three)))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    one, three = (state(tmp_path / "run", step) for step in (1, 3))
+    assert all(value == 2 for name, value in three["optimizer.safetensors"].items() if name.endswith(".step"))
+    assert not torch.equal(*(s["model.safetensors"]["conv_in.spatial.weight"] for s in (one, three)))
 
 
 def test_a_run_that_stays_not_finite_stops(tmp_path, monkeypatch, capsys):
@@ -526,6 +567,45 @@ def test_a_run_that_stays_not_finite_stops(tmp_path, monkeypatch, capsys):
         train(tmp_path / "run", "--max_train_steps", "9", "--max_nonfinite_steps", "3")
     assert "Step 5 at 8x8 skipped: loss nan" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("rate, message", [("1e30", "The loss is not finite in the last step, 4"), ("3e38", "finite")])
+def test_what_has_diverged_is_neither_saved_nor_exported(tmp_path, rate, message):
+    """One step far too large: its loss is finite, that of its result is not, nor in the second case the weights."""
+    train(tmp_path, "--max_train_steps", "2")
+    exported = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match=f"{message}.*diverged.*Go on from .*checkpoint-2") as error:
+        train(tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", rate, "--lr_scheduler", "constant")
+    assert error.value.code != 0
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == exported
+
+
+FAILING = """
+import sys
+from examples import train_dfu
+
+class Failing(train_dfu.PortraitDataset):
+    def __getitems__(self, draws):
+        if any(draw[-1] == 12 for draw in draws):
+            raise OSError("portrait 12 cannot be read")
+        return super().__getitems__(draws)
+
+train_dfu.PortraitDataset = Failing
+train_dfu.main(sys.argv[1:])
+"""
+
+
+def test_an_error_of_a_loader_ends_the_run_at_once(tmp_path):
+    """Its workers ignore SIGTERM, for which Python would wait in vain."""
+    options = [*TINY, "--output_dir", tmp_path / "run", "--num_workers", "2", "--num_validation_images", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FAILING, *map(str, options)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    lines = process.stderr.read().splitlines()  # until all that could write there, workers included, have ended
+    process.wait(timeout=30)
+    assert process.returncode == 1 and lines[-1] == "train_dfu.py: portrait 12 cannot be read"
 
 
 class Killed(PortraitDataset):
@@ -567,7 +647,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
         train(tmp_path / "file" / "run")
 
 
-def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, caplog):
     train(tmp_path)
     resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
     with pytest.raises(SystemExit, match="another architecture: conv_type is dual there and spatial here"):
@@ -582,10 +662,13 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         train(tmp_path, *resume, "--optimizer", "adamw")
     with pytest.raises(SystemExit, match="has done 4 steps"):
         train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
-    (tmp_path / "checkpoint-4" / "optimizer.bin").write_bytes(b"cut")
-    with pytest.raises(SystemExit, match="optimizer.bin has 3 bytes instead of .* Resume from .*checkpoint-2"):
-        train(tmp_path, *resume)
-    train(tmp_path, "--max_train_steps", "6", "--resume_from_checkpoint", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-4" / "optimizer.json").write_bytes(b"cut")
+    with pytest.raises(SystemExit, match="optimizer.json is not as it was written.* Resume from .*checkpoint-2"):
+        train(tmp_path, "--max_train_steps", "6", "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    (tmp_path / "loss.csv").write_text((tmp_path / "loss.csv").read_text().replace("\n1,", "\none,"))
+    train(tmp_path, *resume)
+    assert "checkpoint-4 is damaged" in caplog.text and "1 damaged rows of" in caplog.text
+    assert [row["step"] for row in losses(tmp_path)] == list("23456")
 
 
 def test_what_changed_since_the_checkpoint_is_said_and_done(tmp_path, photos, capsys):
@@ -641,6 +724,8 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["--conf", "options.yaml"], "unrecognized arguments: --conf"),
         (["--lr_scheduler", "piecewise_constant"], "invalid choice"),
+        (["--train_data_dir", ""], "it is empty"),
+        (["--train_data_dir", ".", "--output_dir", "outputs/run"], "samples would be trained on"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, options, message):
@@ -705,11 +790,31 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
         ("batch_size: -3", "-3 must be at least 1"),
         ("just words", "must hold lines such as"),
         ("a: [", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
     ]:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(SystemExit):
             train_dfu.parse_args([f"--config={path}"])
         assert message in capsys.readouterr().err
+
+
+def test_what_the_launcher_and_the_shell_would_do(tmp_path, monkeypatch, capsys):
+    """Its precision counts unless the options say otherwise; `~` is the home directory in a file of options, too."""
+    path = tmp_path / "options.yaml"
+    path.write_text("train_data_dir: ~/photos\noutput_dir: ~/run\n")
+    args = train_dfu.parse_args(["--config", str(path)])
+    assert args.train_data_dir == os.path.expanduser("~/photos") and args.output_dir == os.path.expanduser("~/run")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for options, precision in ([], "bf16"), (["--mixed_precision", "no"], "no"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        args = train_dfu.parse_args(list(map(str, [*TINY, "--output_dir", tmp_path / "run", *options, "--dry_run"])))
+        assert train_dfu.Run(args).accelerator.mixed_precision == precision == args.mixed_precision
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SystemExit, match="fp16 needs a GPU"):
+        run(*TINY, "--output_dir", tmp_path / "run", "--dry_run")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    train(tmp_path / "run", "--max_train_steps", 1, "--lr_warmup_images", 5)
+    assert "--lr_warmup_images is longer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", sorted(train_dfu.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
