@@ -40,8 +40,8 @@ def load_table(
         dataset_config, split: which part of it.
         streaming: read while training instead of downloading first; gives an `IterableDataset`.
         data_dir: instead of a name, a folder of images, nested as one likes, or a zip of one. All of it is taken, also
-            by way of links, and each image is labelled by the folder that it lies in: column "label". A metadata.csv, .jsonl or .parquet, as `datasets` knows them, replaces the labels. What is left out is told
-            in a warning.
+            by way of links, and each image is labelled by the folder that it lies in: column "label". A metadata.csv,
+            .jsonl or .parquet, as `datasets` knows them, replaces the labels. Warnings tell what is left out.
         cache_dir: where `datasets` keeps its tables, and we unpacked zips; None for its usual place.
 
     Raises:
