@@ -254,9 +254,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     config = config_parser.parse_known_args(argv)[0].config
     args = parser.parse_args((options_of_file(parser, config) if config else []) + argv)
 
-    for name in ("train_data_dir", "dataset_name"):
-        if vars(args)[name] == "":
-            parser.error(f"--{name} is empty: name the images, or leave it out to train on portraits")
     if args.train_data_dir and args.dataset_name:
         parser.error("--train_data_dir and --dataset_name: give one of them")
     if args.streaming and (not (args.dataset_name or args.train_data_dir) or args.cache_dir):

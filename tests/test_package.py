@@ -21,6 +21,7 @@ DOCUMENTS = [
     "checkpoints/dfu-portraits/README.md",
     "dfu_diffusers/assets/portrait-reader/README.md",
     "CHANGELOG.md",
+    "SECURITY.md",
     "model_card.md",
 ]
 

@@ -126,7 +126,7 @@ def test_a_run_leaves_a_pipeline_pictures_and_tables(tmp_path):
     assert facts["parameters"] == sum(tensor.numel() for tensor in raw.values())
     assert facts["data"]["fingerprint"] == "portraits-0" and facts["model"]["conv_type"] == "dual"
     card = (tmp_path / "README.md").read_text()
-    assert "| 8x12 | yes |" in card and "--power_ema 0.05" in card and str(tmp_path) not in card
+    assert "| 8x12 | yes |" in card and "power_ema: " in card and str(tmp_path) not in card
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
 
 

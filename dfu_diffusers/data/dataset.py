@@ -235,6 +235,9 @@ def _read_labels(table, column: str) -> tuple[np.ndarray, list[str]]:
     """The class of each row, and the names of the classes."""
     _check_column(table, column)
     values, feature = table.select_columns([column])[:][column], table.features[column]
+    for row, value in enumerate(values):
+        if value is None or value == "":
+            raise ValueError(f"Image {row} has no label, but column {column!r} is to label all: give it one.")
     if all(isinstance(value, str) for value in values):
         names, numbers = np.unique(values, return_inverse=True)
         return numbers, names.tolist()

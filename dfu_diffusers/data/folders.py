@@ -1,18 +1,28 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Tables of images with `datasets`: from a folder, a zip or the Hub."""
 
-import glob
 import hashlib
 import json
+import logging
+import lzma
 import os
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
+from PIL import Image
 
-from .images import _reason
+from ..decode import FORMATS
+from .images import _listed, _reason
+
+logger = logging.getLogger(__name__)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+MAX_RATIO = 100  # of what a zip unpacks to and its size; pictures can hardly be compressed
+MIN_BYTES = 2**26  # that a zip may unpack to whatever its size
+UNPACKING_ERRORS = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def load_table(
@@ -29,42 +39,162 @@ def load_table(
         dataset_name: id of a data set on the Hub, or a folder in one of the formats that `datasets` knows.
         dataset_config, split: which part of it.
         streaming: read while training instead of downloading first; gives an `IterableDataset`.
-        data_dir: instead of a name, a folder of images, nested as one likes, or a zip of one. All of it is taken, and
-            each image is labelled by the folder that it lies in: column "label". A metadata.csv replaces the labels.
+        data_dir: instead of a name, a folder of images, nested as one likes, or a zip of one. All of it is taken, also
+            by way of links, and each image is labelled by the folder that it lies in: column "label". A metadata.csv,
+            .jsonl or .parquet, as `datasets` knows them, replaces the labels. Warnings tell what is left out.
         cache_dir: where `datasets` keeps its tables, and we unpacked zips; None for its usual place.
 
     Raises:
-        ValueError: there is no such source, or no image in it.
+        ValueError: there is no such source, or no image in it, or a zip that is damaged or unpacks to too much.
     """
-    datasets = _require_datasets()
     if (dataset_name is None) == (data_dir is None):
         raise ValueError(
             f"Either dataset_name or data_dir names the images, but got {dataset_name!r} and {data_dir!r}."
         )
-    if data_dir is None:
-        source, arguments = dataset_name, dict(path=dataset_name, name=dataset_config)
-        remedy = "check its id, configuration and split, and the connection to the Hub"
-    else:
+    if data_dir is not None:
         if split != "train":
             raise ValueError(f"A folder has no split {split!r}: give the folder of that split as data_dir.")
-        source, folder = data_dir, _image_folder(Path(data_dir).expanduser(), cache_dir)
-        # Named as a pattern, the whole folder is one split; left to itself, `datasets` would take files and folders
-        # with "test" or "validation" in their names for other splits, and drop them from this one.
-        pattern = glob.escape(str(folder.resolve())) + "/**"
-        arguments = dict(path="imagefolder", data_files={"train": pattern}, drop_labels=False)
-        remedy = "give a folder or zip with images in it"
+        table = _table_of(data_dir, cache_dir)
+        return table.to_iterable_dataset() if streaming else table
+    datasets = _require_datasets()
     try:
-        table = datasets.load_dataset(**arguments, split=split, streaming=streaming, cache_dir=_text(cache_dir))
+        table = datasets.load_dataset(
+            dataset_name, dataset_config, split=split, streaming=streaming, cache_dir=_text(cache_dir)
+        )
         if streaming:
             table = table._resolve_features()
     except Exception as error:  # besides its own, `datasets` lets through those of huggingface_hub, httpx and pyarrow
-        raise ValueError(f"{source} cannot be loaded ({_reason(error.__cause__ or error)}): {remedy}.") from error
+        raise ValueError(
+            f"{dataset_name} cannot be loaded ({_reason(error.__cause__ or error)}): check its id, configuration and "
+            "split, and the connection to the Hub."
+        ) from error
     for column, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = _undecoded(table, column)
-    if data_dir is not None and next(iter(table), None) is None:
-        raise ValueError(f"{source} holds no image: {remedy}.")
     return table
+
+
+def _table_of(source: str | os.PathLike, cache_dir):
+    """The table of a folder's or a zip's images.
+
+    Not `datasets`' own reader of image folders, which leaves out links to folders, AVIF files and what the metadata do
+    not mention without a word, and takes "::", "$HOME" and "*" in a path for more than letters.
+    """
+    if not str(source):
+        raise ValueError("data_dir is empty: name a folder or zip of images.")
+    datasets = _require_datasets()
+    folder = _image_folder(Path(source).expanduser(), cache_dir).resolve()
+    images, metadata = _find(folder, source)
+    if not images:
+        raise ValueError(f"{source} holds no image: give a folder or zip with images in it, {', '.join(FORMATS)}.")
+    if metadata:
+        return _table_of_metadata(metadata, images)
+    labels = [os.path.basename(os.path.dirname(path)) for path in images]
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=sorted(set(labels)))}
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def _find(folder: Path, source) -> tuple[list[str], list[str]]:
+    """Paths of the images, and of the files of metadata, in a folder and those below it; others are warned of."""
+    formats = Image.registered_extensions()
+    images, metadata, left_out = [], [], []
+    for path in _files(str(folder), left_out):
+        name, extension = os.path.basename(path), os.path.splitext(path)[1].lower()
+        if extension == ".zip":
+            raise ValueError(f"{source} holds an archive, {name!a}: unpack it or move it away.")
+        if name in METADATA:
+            metadata.append(path)
+        elif formats.get(extension) in FORMATS:
+            images.append(path) if _is_text(path) else left_out.append(f"{path!a}: the name is not UTF-8")
+        elif formats.get(extension) in Image.OPEN:
+            left_out.append(f"{path!a}: {formats[extension]} is not read")
+    if left_out:
+        logger.warning(
+            "%d files or folders are left out of %s: %s", len(left_out), source, _listed(left_out[:5], len(left_out))
+        )
+    return sorted(images), metadata
+
+
+def _files(folder: str, left_out: list[str], above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths of all files in a folder and those below it, links included, but not what is hidden."""
+    above += (os.path.realpath(folder),)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(
+            f"{folder!a} cannot be read ({error.strerror}): make it readable, or move it away."
+        ) from error
+    for entry in entries:
+        if entry.name.startswith((".", "__")):
+            continue
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry.path) in above:
+            left_out.append(f"{entry.path!a}: a link to a folder that it lies in")
+        else:
+            yield from _files(entry.path, left_out, above)
+
+
+def _is_text(path: str) -> bool:
+    try:
+        return bool(path.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
+
+
+def _table_of_metadata(files: list[str], images: list[str]):
+    """The table of the images that files of metadata name, by paths relative to each."""
+    datasets = _require_datasets()
+    tables, mentioned, shown = [], set(), {}
+    for path in files:
+        table = datasets.Dataset(datasets.table.InMemoryTable(_read_metadata(path)))
+        columns = [name for name in table.column_names if name == "file_name" or name.endswith("_file_name")]
+        if not columns:
+            raise ValueError(f"{path} has no column file_name, only {table.column_names}: name the images in one.")
+        for column in columns:
+            paths = [_beside(path, name) for name in table[column]]
+            mentioned.update(paths)
+            shown[name := column.removesuffix("file_name").rstrip("_") or "image"] = datasets.Image(decode=False)
+            table = table.add_column(name, paths).remove_columns(column)
+        tables.append(table)
+    if unsaid := sorted(set(images) - mentioned):
+        logger.warning(
+            "%d of %d images are left out, for the metadata do not mention them: %s",
+            len(unsaid), len(images), _listed(unsaid[:5], len(unsaid)),
+        )  # fmt: skip
+    try:
+        table = datasets.concatenate_datasets(tables)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(files)} have different columns ({_reason(error)}): make them alike.") from error
+    return table.cast(datasets.Features({**table.features, **shown}))
+
+
+def _read_metadata(path: str):
+    """A table of pyarrow, which comes with `datasets` as pandas does."""
+    import pandas
+    import pyarrow
+    from pyarrow import json as pyarrow_json
+    from pyarrow import parquet
+
+    try:
+        if path.endswith(".csv"):
+            return pyarrow.Table.from_pandas(pandas.read_csv(path), preserve_index=False)
+        return pyarrow_json.read_json(path) if path.endswith(".jsonl") else parquet.read_table(path)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read ({_reason(error)}): mend it or move it away.") from error
+
+
+def _beside(metadata: str, name: str | None) -> str | None:
+    """The path of a file that metadata name, which must lie beside them or below."""
+    if name is None:
+        return None
+    folder = os.path.dirname(metadata)
+    path = os.path.normpath(os.path.join(folder, str(name)))
+    if not Path(path).is_relative_to(folder):
+        raise ValueError(f"{metadata} names {name!r}, which lies outside of its folder: name files below it.")
+    return path
 
 
 def _require_datasets():
@@ -85,18 +215,11 @@ def _image_folder(path: Path, cache_dir) -> Path:
         return _unzip(path, Path(cache_dir or _require_datasets().config.HF_DATASETS_CACHE) / "unzipped")
     if not path.is_dir():
         raise ValueError(f"{path} is {'no zip' if path.exists() else 'no folder and no zip'}: give one with images.")
-    archive = next(path.rglob("*.[zZ][iI][pP]"), None)
-    if archive:  # `datasets` would mix its content, text files included, with the images
-        raise ValueError(f"{path} holds an archive, {archive.name}: unpack it or move it away.")
     return path
 
 
 def _unzip(path: Path, folder: Path) -> Path:
-    """Unpack into a folder of the zip's name, once for each of its versions.
-
-    `datasets` can read zips itself, but then takes every file for an image, loses the labels, and looks for each image
-    anew in the table of contents.
-    """
+    """Unpack into a folder of the zip's name, once for each of its versions."""
     stat = path.stat()
     target = folder / _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns) / path.stem
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,13 +229,26 @@ def _unzip(path: Path, folder: Path) -> Path:
         if not target.exists():
             try:
                 with zipfile.ZipFile(path) as archive:
+                    _check_unpacked_size(archive, stat.st_size, shutil.disk_usage(target.parent.parent).free)
                     archive.extractall(partial)
                 partial.rename(target)
-            except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            except UNPACKING_ERRORS as error:
                 raise ValueError(f"{path} cannot be unpacked to {target} ({_reason(error)}).") from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _check_unpacked_size(archive: zipfile.ZipFile, packed: int, free: int) -> None:
+    """Raise a ValueError if a zip would fill the disk; `zipfile` unpacks no more than a zip says."""
+    total = sum(each.file_size for each in archive.infolist())
+    if total > max(MIN_BYTES, MAX_RATIO * packed):
+        raise ValueError(
+            f"it is a zip of {packed:,} bytes that unpacks to {total:,}, as no pictures do: if you trust it, unpack "
+            "it yourself and give the folder"
+        )
+    if total > free:
+        raise ValueError(f"it unpacks to {total:,} bytes, but only {free:,} are free: make room")
 
 
 def _digest(*values) -> str:
