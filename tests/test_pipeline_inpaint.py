@@ -215,7 +215,7 @@ def test_forms_of_a_mask(pipe):
 
 def test_a_mask_for_each_image(pipe):
     image, masks = picture(2, 3, 12, 9), [random_mask(12, 9, seed) for seed in (1, 2)]
-    for seamless, tolerance in ((False, 1e-4), (True, 1e-3)):  # of the network's rounding, which the interpolation spreads
+    for seamless, tolerance in ((False, 1e-4), (True, 1e-3)):  # the interpolation spreads rounding
         generators = [seeded(0), seeded(1)]
         both = repaint(pipe, image, masks, generator=generators, seamless=seamless)
         alone = [repaint(pipe, image[i], masks[i], generator=[seeded(i)], seamless=seamless) for i in range(2)]
