@@ -39,9 +39,10 @@ def imports(path: Path) -> set[str]:
 
 # What each wing may import of the package, besides itself; the main module may import what everybody needs.
 ARROWS = {
-    "models": set(),
-    "schedulers": set(),
-    "pipelines": {"models", "schedulers", "decode"},
+    "checks": set(),
+    "models": {"checks"},
+    "schedulers": {"checks"},
+    "pipelines": {"models", "schedulers", "checks", "decode"},
     "data": {"files", "decode"},
     "decode": set(),
     "files": set(),
