@@ -233,6 +233,14 @@ def test_callback_that_returns_no_dict(pipe):
         sample(pipe, callback_on_step_end=lambda *args: 3)
 
 
+def test_callback_that_asks_for_guidance_where_there_is_none(pipe):
+    def guide(pipe, *args):
+        pipe._guidance_scale = 2.0
+
+    with pytest.raises(ValueError, match="`guidance_scale` 2.0 needs a class-conditional model, or a weaker one"):
+        sample(pipe, callback_on_step_end=guide)
+
+
 def test_interrupt_stops_there_and_not_the_next_run(pipe):
     def stop(pipe, i, t, kwargs):
         pipe._interrupt = i == 1

@@ -469,6 +469,8 @@ class DFUPipeline(DFUPipelineBase):
     def _call_back(self, run: "Run", timestep, latents: torch.Tensor) -> torch.Tensor:
         """The latents that the user's callback leaves."""
         changed = run.callback(self, run.calls, timestep, dict.fromkeys(run.callback_inputs, latents))
+        if self.do_classifier_free_guidance:  # it may have been switched on
+            self._check_guidance(self._guidance_scale)
         if changed is None:
             return latents
         if not isinstance(changed, dict):
