@@ -104,10 +104,9 @@ def _find(folder: Path, source) -> tuple[list[str], list[str]]:
         name, extension = os.path.basename(path), os.path.splitext(path)[1].lower()
         if extension == ".zip":
             raise ValueError(f"{source} holds an archive, {name!a}: unpack it or move it away.")
-        if name in METADATA:
-            metadata.append(path)
-        elif formats.get(extension) in FORMATS:
-            images.append(path) if _is_text(path) else left_out.append(f"{path!a}: the name is not UTF-8")
+        if name in METADATA or formats.get(extension) in FORMATS:
+            kind = metadata if name in METADATA else images
+            kind.append(path) if _is_text(path) else left_out.append(f"{path!a}: the name is not UTF-8")
         elif formats.get(extension) in Image.OPEN:
             left_out.append(f"{path!a}: {formats[extension]} is not read")
     if left_out:

@@ -6,7 +6,7 @@
 
 The trainer calls `check_push` before it starts, `model_card` and `push_folder` when it is done.
 
-Two kinds of repository, which differ in a few lines of model_index.json and in three files:
+Two kinds of repository, which differ in a few lines of model_index.json and in a file of code for each component:
 
 - Plain, the default. It holds no code: `DFUPipeline.from_pretrained(id)` loads it, and after `import dfu_diffusers`
   diffusers' own loaders do. Publish this one where people can install the package: they need no flag, trust nothing

@@ -104,9 +104,30 @@ def _peft():
 
 
 def _checked(metadata: dict | None) -> dict | None:
-    """The metadata if they ask for LoRA layers alone and in range; TypeError or ValueError if not."""
+    """What LoRA layers need of the metadata; TypeError or ValueError unless they ask for these alone and in range."""
     if metadata is None:
         return None
+    _refuse_other_adapters(metadata)
+    options = {key: metadata[key] for key in LORA_OPTIONS if metadata.get(key) is not None}
+    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("target_parameters", list)):
+        value = options.setdefault(name, kind())
+        if not isinstance(value, kind) or len(value) > MAX_NAMES or not all(map(_is_layer_name, value)):
+            raise _odd(name, value, f"a {kind.__name__} of at most {MAX_NAMES} names of layers, no other patterns")
+    for value in (options.get("r", 8), *options["rank_pattern"].values()):
+        if type(value) is not int or not 1 <= value <= MAX_RANK:
+            raise _odd("r", value, f"a whole number from 1 to {MAX_RANK}")
+    for value in (options.get("lora_alpha", 8), *options["alpha_pattern"].values()):
+        if not _is_within(value, -MAX_ALPHA, MAX_ALPHA):
+            raise _odd("lora_alpha", value, f"a number of at most {MAX_ALPHA:g}")
+    if not _is_within(value := options.get("lora_dropout", 0), 0, 0.999):
+        raise _odd("lora_dropout", value, "a number in [0, 1)")
+    for name in ("lora_bias", "use_rslora", "use_dora"):
+        if not isinstance(value := options.get(name, False), bool):
+            raise _odd(name, value, "true or false")
+    return options
+
+
+def _refuse_other_adapters(metadata: dict) -> None:
     if not isinstance(metadata, dict):
         raise TypeError(f"The LoRA's metadata must be a mapping, but are {metadata!r:.80}: save the LoRA again.")
     default = _peft().LoraConfig().to_dict()
@@ -120,33 +141,14 @@ def _checked(metadata: dict | None) -> dict | None:
             f"`LoraConfig` class could not be instantiated: the LoRA's metadata ask for {asked:.200}, and DFUModel "
             f"reads {', '.join(LORA_OPTIONS)} only."
         )
-    options = {key: metadata[key] for key in LORA_OPTIONS if metadata.get(key) is not None}
-    ranks, alphas = (options.get(f"{name}_pattern", {}) for name in ("rank", "alpha"))
-    names = options.get("target_parameters", [])
-    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("target_parameters", list)):
-        value = options.get(name, kind())
-        if not isinstance(value, kind) or len(value) > MAX_NAMES or not all(map(_is_layer_name, value)):
-            raise _odd(name, value, f"a {kind.__name__} of at most {MAX_NAMES} names of layers, no other patterns")
-    for value in (options.get("r", 8), *ranks.values()):
-        if type(value) is not int or not 1 <= value <= MAX_RANK:
-            raise _odd("r", value, f"a whole number from 1 to {MAX_RANK}")
-    for value in (options.get("lora_alpha", 8), *alphas.values()):
-        if not _is_real(value) or not -MAX_ALPHA <= value <= MAX_ALPHA:
-            raise _odd("lora_alpha", value, f"a number of at most {MAX_ALPHA:g}")
-    if not _is_real(dropout := options.get("lora_dropout", 0)) or not 0 <= dropout < 1:
-        raise _odd("lora_dropout", dropout, "a number in [0, 1)")
-    for name in ("lora_bias", "use_rslora", "use_dora"):
-        if not isinstance(value := options.get(name, False), bool):
-            raise _odd(name, value, "true or false")
-    return {**options, "target_parameters": names}
 
 
 def _is_layer_name(value) -> bool:
     return isinstance(value, str) and LAYER_NAME.fullmatch(value) is not None
 
 
-def _is_real(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_within(value, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def _odd(name: str, value, wanted: str) -> ValueError:
