@@ -15,11 +15,8 @@ Several processes share each batch; nothing but the speed depends on how many th
 import argparse
 import contextlib
 import datetime
-import difflib
-import functools
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -28,38 +25,19 @@ from collections import Counter
 from pathlib import Path
 
 import accelerate
-import datasets
 import diffusers
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import dfu_diffusers
-from dfu_diffusers import (
-    DFUModel,
-    DFUPipeline,
-    DFURefiner,
-    DFUSuperResolutionPipeline,
-    EDMHeunScheduler,
-    hub,
-)
-from dfu_diffusers.command_line import count, device_name, git_commit, natural, number, positive, resolution
-from dfu_diffusers.data.cache import build_cache
-from dfu_diffusers.data.dataset import ImageDataset
-from dfu_diffusers.data.folders import load_table
-from dfu_diffusers.data.portraits import PortraitDataset
-from dfu_diffusers.data.resolutions import (
-    MixedResolutionBatchSampler,
-    format_resolution,
-    source_size,
-)
-from dfu_diffusers.data.streams import ImageStream, ignore_signals
+from dfu_diffusers import DFUPipeline, DFUSuperResolutionPipeline, hub
+from dfu_diffusers.command_line import device_name, git_commit
+from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler, format_resolution, source_size
 from dfu_diffusers.files import write_atomically
 from dfu_diffusers.pipelines.octaves import octave_scheduler
 from dfu_diffusers.training.augment import GeometricAugment
@@ -78,16 +56,10 @@ from dfu_diffusers.training.checkpoints import (
     sole_user,
     whole_weights,
 )
-from dfu_diffusers.training.ema import HalfLifeEMA, PowerEMA, save_snapshot
+from dfu_diffusers.training.ema import save_snapshot
 from dfu_diffusers.training.freezing import freeze, summary
-from dfu_diffusers.training.losses import (
-    OctaveLoss,
-    OctaveValidationLoss,
-    TrainingLoss,
-    ValidationLoss,
-    detail_std,
-    fit_size,
-)
+from dfu_diffusers.training.losses import OctaveLoss, OctaveValidationLoss, TrainingLoss, ValidationLoss, fit_size
+from dfu_diffusers.training.options import parse_args, public_options
 from dfu_diffusers.training.reports import (
     Table,
     activation_bytes,
@@ -95,6 +67,17 @@ from dfu_diffusers.training.reports import (
     plot_losses,
     sample_sheet,
     sheet_sizes,
+)
+from dfu_diffusers.training.setup import (
+    MODELS,
+    NOISE_LEVELS,
+    Data,
+    average_rules,
+    build_optimizer,
+    build_refiner,
+    build_scheduler,
+    build_unet,
+    load_config,
 )
 from dfu_diffusers.training.step import (
     DataError,
@@ -105,428 +88,7 @@ from dfu_diffusers.training.step import (
     keep_freed_memory,
 )
 
-EXAMPLES = Path(__file__).parent
-CONFIGS = EXAMPLES / "configs"
-SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # it needs rules
-HELD_OUT_PORTRAITS = 10_001  # added to --seed: the series of portraits that validation looks at
-MODELS = {"unet": DFUModel, "refiner": DFURefiner}  # by the component of the pipeline that they are
-NOISE_LEVELS = {"unet": (-1.2, 1.2), "refiner": (-2.3, 1.4)}  # mean and deviation of ln sigma
-NOT_FOR_REFINERS = (
-    "class_conditional", "label_dropout", "augment_probability", "upsample_resolutions", "freeze", "spectral_rank",
-    "checkpointed_levels", "sigma_data", "push_to_hub",
-)  # fmt: skip
-MEASURED_IMAGES = 128  # from which the deviation of detail is measured
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-
-
-SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)  # --no-OPTION overrules a file of options
-
-
-def path(text: str) -> str:
-    """A path, a Hub id, or a name; the home directory may be `~`."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty: leave the option out, or name a path")
-    return os.path.expanduser(text)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="YAML file with any of these options; the command line overrules it")
-    parser.add_argument("--dry_run", action="store_true", help="check, print model, schedule and memory, and stop")
-
-    data = parser.add_argument_group("data (default: procedural portraits, endless)")
-    data.add_argument("--train_data_dir", type=path, help="folder or zip of images, nested ones too")
-    data.add_argument(
-        "--dataset_name", type=path, help="data set id on the Hub, or a local folder that `datasets` can load"
-    )
-    data.add_argument("--dataset_config_name", help="its configuration")
-    data.add_argument("--dataset_split", default="train")
-    data.add_argument("--streaming", **SWITCH, help="read it as it comes; each process and worker reads all")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--label_column", default="label", help="class of an image; folders make one of this name")
-    data.add_argument("--class_conditional", **SWITCH, help="train on --label_column too")
-    data.add_argument("--random_crop", **SWITCH, help="crop to the aspect ratio at random, not centred")
-    data.add_argument("--random_flip", **SWITCH, help="mirror half of the images")
-    data.add_argument(
-        "--small_images", choices=["fail", "skip", "upscale"], default="fail",
-        help="what to do with images smaller than the largest resolution",
-    )  # fmt: skip
-    data.add_argument("--cache_dir", type=path, help="keep images resized in memory-mapped files there")
-    data.add_argument("--num_workers", type=natural, default=0, help="that load images")
-    data.add_argument(
-        "--num_validation_images", type=natural, default=64, help="held out, up to a tenth of a data set"
-    )
-
-    sizes = parser.add_argument_group("resolutions, as HEIGHT or HEIGHTxWIDTH")
-    sizes.add_argument("--resolutions", nargs="+", type=resolution, default=[(16, 16), (24, 24), (32, 32)])
-    sizes.add_argument("--resolution_weights", nargs="+", type=number(float, 0), help="how often (default: equally)")
-    sizes.add_argument("--resolution_warmup_steps", type=natural, default=0, help="sizes join, smallest first")
-    sizes.add_argument("--upsample_resolutions", nargs="+", type=resolution, default=[], help="from enlarged images")
-    sizes.add_argument("--upsample_weight", type=number(float, 0, 1), default=0.0, help="share of steps that do")
-    sizes.add_argument(
-        "--source_resolution", type=resolution,
-        help="load images of about as many pixels and cut them to the modes that a resolution has, as the octaves of "
-        "a pipeline do, instead of resizing (default: no; for a refiner the largest resolution)",
-    )  # fmt: skip
-    sizes.add_argument("--max_pixels_per_batch", type=count, help="images x height x width at once on a device")
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_config",
-        type=path,
-        help="config.json of a DFUModel or DFURefiner, whose detail_std may be null (default: configs/portraits.json)",
-    )
-    model.add_argument(
-        "--init_from", type=path, help="fine-tune this pipeline, a folder or a Hub id, in place of a new model"
-    )
-    model.add_argument(
-        "--spectral_rank", type=number(float, 0, 0.999, open_low=True), metavar="SHARE",
-        help="factorise the spectral weights of --init_from's model (0.4: about a sixth of them); see DFUModel",
-    )  # fmt: skip
-    model.add_argument(
-        "--freeze", nargs="+", default=[], metavar="GROUP",
-        help="spatial, spectral, norm, attention, skip, embedding, level:N or level:N.KIND",
-    )  # fmt: skip
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--batch_size", type=count, default=32, help="images per step, over all processes together")
-    training.add_argument("--max_train_steps", type=count, default=2000)
-    training.add_argument("--optimizer", choices=["adam", "adamw", "adam8bit"], default="adam")
-    training.add_argument("--learning_rate", type=positive, default=1e-3)
-    training.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="of adamw")
-    training.add_argument("--lr_scheduler", default="cosine", choices=SCHEDULES)
-    training.add_argument("--lr_warmup_images", type=natural, default=3200, help="(not of `constant`)")
-    training.add_argument("--max_grad_norm", type=positive, default=1.0)
-    training.add_argument("--max_nonfinite_steps", type=count, default=10, help="stop after so many in a row")
-    training.add_argument("--p_mean", type=float, help="mean of ln sigma (default: -1.2, of a refiner -2.3)")
-    training.add_argument("--p_std", type=positive, help="its standard deviation (default: 1.2, of a refiner 1.4)")
-    training.add_argument(
-        "--label_dropout", type=number(float, 0, 1), default=0.0,
-        help="share of images without their label, for classifier-free guidance (0.1, say)",
-    )  # fmt: skip
-    training.add_argument("--sigma_data", type=positive, help="of the images (default: 0.5, or --init_from's)")
-    training.add_argument("--augment_probability", type=number(float, 0, 1), default=0.0, help="EDM uses 0.12")
-    training.add_argument("--ema_halflife_images", type=positive, default=20_000, help="of the averaged weights")
-    training.add_argument("--ema_rampup_ratio", type=positive, default=0.05, help="half-life at most this x images")
-    training.add_argument(
-        "--power_ema", nargs="+", type=positive, default=[], metavar="SIGMA_REL",
-        help="also keep power-function averages (EDM2: 0.05 0.1) for dfu_diffusers.training.ema.reconstruct",
-    )  # fmt: skip
-    training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="(default: the launcher's)")
-    training.add_argument("--tf32", **SWITCH, help="faster float32 matrix products on NVIDIA GPUs")
-    training.add_argument("--gradient_checkpointing", **SWITCH, help="less memory, more time")
-    training.add_argument(
-        "--checkpointed_levels", type=natural, nargs="+", metavar="LEVEL",
-        help="--gradient_checkpointing of these levels only: 0, the full image, holds most",
-    )  # fmt: skip
-    training.add_argument("--torch_compile", **SWITCH, help="compile the repeated blocks")
-    training.add_argument("--seed", type=natural, default=0)
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=path, default="outputs/dfu-portraits")
-    output.add_argument("--checkpointing_steps", type=count, default=1000)
-    output.add_argument("--checkpoints_total_limit", type=count, default=2)
-    output.add_argument("--resume_from_checkpoint", type=path, help="a checkpoint folder, or 'latest'")
-    output.add_argument("--report_images", type=count, default=32_000, help="sample and validate every so many images")
-    output.add_argument("--report_to", default="tensorboard", help="a tracker of Accelerate (wandb, ...), or none")
-    output.add_argument("--save_raw_weights", **SWITCH, help='beside the average, as variant="raw"')
-    output.add_argument("--push_to_hub", **SWITCH, help="upload the pipeline with a model card at the end")
-    output.add_argument("--hub_model_id", help="repository (default: name of --output_dir)")
-    output.add_argument("--hub_private", **SWITCH, help="create it as a private one")
-    output.add_argument("--hub_revision", help="branch to push to (default: main)")
-    output.add_argument("--hub_tag", help="a name for this state, such as v1.0")
-    output.add_argument("--hub_self_contained", **SWITCH, help="with code: loads without dfu_diffusers")
-    output.add_argument("--hub_license", help="in the card, as the Hub names it: cc-by-4.0, say")
-    output.add_argument("--hub_advised_sizes", help='in the card: "16 to 96 px", say')
-    output.add_argument("--hub_limits", help="in the card: what the model is bad at")
-    return parser
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = build_parser()
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    config = config_parser.parse_known_args(argv)[0].config
-    args = parser.parse_args((options_of_file(parser, config) if config else []) + argv)
-
-    if args.train_data_dir and args.dataset_name:
-        parser.error("--train_data_dir and --dataset_name: give one of them")
-    if args.streaming and (not (args.dataset_name or args.train_data_dir) or args.cache_dir):
-        parser.error("--streaming needs --dataset_name or --train_data_dir, and goes without --cache_dir")
-    if not (args.dataset_name or args.train_data_dir):
-        given = [name for name in ("class_conditional", "random_crop", "random_flip", "cache_dir") if vars(args)[name]]
-        if given:
-            parser.error(f"--{given[0]} is for pictures of your own, but the portraits are drawn on the fly")
-    for folder in filter(None, (args.train_data_dir, args.dataset_name)):
-        if Path(folder).is_dir() and Path(args.output_dir).resolve().is_relative_to(Path(folder).resolve()):
-            parser.error(
-                f"--output_dir {args.output_dir} lies in {folder}: samples would be trained on; choose another"
-            )
-    if args.label_dropout and not args.class_conditional:
-        parser.error("--label_dropout drops the labels of --class_conditional: give both, or neither")
-    if args.random_crop and args.cache_dir:
-        parser.error("--random_crop and --cache_dir: the cache holds images cropped already, so give one of them")
-    if args.init_from and args.model_config:
-        parser.error("--init_from brings its own model: leave out --model_config")
-    if args.checkpointed_levels and not args.gradient_checkpointing:
-        parser.error("--checkpointed_levels says where: --gradient_checkpointing asks for it")
-    if args.spectral_rank and not args.init_from:
-        parser.error("--spectral_rank factorises the model of --init_from: for a new one it belongs in --model_config")
-    if args.resolution_weights and len(args.resolution_weights) != len(args.resolutions):
-        parser.error(f"--resolution_weights needs {len(args.resolutions)} numbers, one for each of --resolutions")
-    args.model_config = args.model_config or str(CONFIGS / "portraits.json")
-    if not Path(args.model_config).is_file():
-        presets = sorted(path.name for path in CONFIGS.glob("*.json"))
-        parser.error(f"--model_config {args.model_config} is not a file; presets in {CONFIGS}: {', '.join(presets)}")
-    return args
-
-
-def options_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """The options in a YAML file as a command line, so that both pass the same checks."""
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
-    if not isinstance(options, dict):
-        parser.error(f"--config {path} must hold lines such as `batch_size: 64`")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    if unknown := sorted(set(map(str, options)) - known):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        parser.error(f"--config {path}: no option {unknown[0]!r}" + "".join(f", perhaps {name!r}" for name in close))
-    argv = []
-    switches = {action.dest for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)}
-    for name, value in options.items():
-        if name in switches and isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            values = value if isinstance(value, list) else ["no" if value is False else value]  # YAML's bare `no`
-            argv += [f"--{name}", *map(str, values)]
-    return argv
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data and model
-
-
-def load_config(args) -> tuple[str, dict]:
-    """Which component of a pipeline is trained, "unet" or "refiner", and the arguments of its model, checked against
-    what this script trains: models of images that return what they take."""
-    source = args.init_from or args.model_config
-    if args.init_from:
-        index = DFUPipeline.load_config(args.init_from)
-        part = "unet" if (index.get("unet") or [None])[0] else "refiner"
-        config = dict(MODELS[part].load_config(args.init_from, subfolder=part))
-    else:
-        config = json.loads(Path(source).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"{source} must hold the arguments of a model, {{...}}, but holds {config!r:.80}.")
-        parts = {model.__name__: part for part, model in MODELS.items()}
-        name = config.get("_class_name", "DFUModel")
-        if name not in parts:
-            raise ValueError(f"{source} is of a {name}, but this script trains {' and '.join(parts)}.")
-        part = parts[name]
-    channels = config.get("in_channels", 3), config.get("out_channels", config.get("in_channels", 3))
-    if channels[0] != channels[1] or channels[0] not in (1, 3):
-        raise ValueError(
-            f"{source}: this script trains models of grey or colour images that return "
-            f"what they take, but here in_channels, out_channels = {channels}."
-        )
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
-    height, width = max(args.resolutions + args.upsample_resolutions, key=math.prod)
-    if part == "refiner":
-        _check_refiner(args, config, source)
-        coarse = min(map(min, args.resolutions)) // 2
-        return part, config | {"coarse_size": coarse, "sample_size": round(math.sqrt(height * width))}
-    return part, config | {"in_channels": channels[0], "sample_size": height if height == width else (height, width)}
-
-
-def _check_refiner(args, config: dict, source: str) -> None:
-    given = [name for name in NOT_FOR_REFINERS if vars(args)[name]]
-    if given:
-        raise ValueError(f"--{given[0]} is for a DFUModel, but {source} is of a DFURefiner: leave it out.")
-    if config.get("tileable"):
-        raise ValueError(
-            f"{source} has tileable={config['tileable']!r}, but refiners are trained on pictures with edges: leave it "
-            f"out, pipelines take `tileable` when they are called."
-        )
-    if min(map(min, args.resolutions)) < 2:
-        raise ValueError("--resolutions of a refiner are at least 2 pixels a side, for a coarse picture has half.")
-
-
-class Data:
-    """What the options ask for: `train` (a data set, or a stream's table), `held_out` or None, their description."""
-
-    def __init__(self, args, channels: int, accelerator: Accelerator):
-        self.args, self.held_out, self.class_names = args, None, None
-        wanted = args.resolutions + args.upsample_resolutions
-        self.sizes = sorted({source_size(size, args.resolutions, args.source_resolution) for size in wanted})
-        self.is_stream, self.images = args.streaming, args.dataset_name or args.train_data_dir
-        if not self.images:
-            self._portraits(channels)
-            return
-        self.options = dict(
-            mode="L" if channels == 1 else "RGB",
-            image_column=args.image_column,
-            label_column=args.label_column if args.class_conditional else None,
-            small_images=args.small_images,
-            min_size=tuple(map(max, zip(*self.sizes))),
-        )
-        # One process a machine unpacks, converts and resizes; the others then find it done.
-        with accelerator.local_main_process_first():
-            table = load_table(
-                args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming, args.train_data_dir
-            )
-            self._stream(table) if self.is_stream else self._table(table)
-        self.description = f"{self.images}" + (", streamed" if self.is_stream else f", fingerprint {self.fingerprint}")
-
-    def _portraits(self, channels: int) -> None:
-        args = self.args
-        if channels != 3:
-            raise ValueError(f"The portraits have 3 channels, but the model has {channels}.")
-        self.train = PortraitDataset(1_000_000, seed=args.seed)
-        if args.num_validation_images:
-            self.held_out = PortraitDataset(args.num_validation_images, seed=args.seed + HELD_OUT_PORTRAITS)
-        self.fingerprint, self.description = f"portraits-{args.seed}", f"procedural portraits, seed {args.seed}"
-
-    def _table(self, table) -> None:
-        args = self.args
-        options = self.options | dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
-        self.train = ImageDataset(table, **options)
-        if args.cache_dir and not args.dry_run:
-            cache = build_cache(self.train, self.sizes, args.cache_dir, args.num_workers)
-            self.train = ImageDataset(table, **options, cache=cache)
-        self.class_names, self.fingerprint = self.train.class_names, self.train.fingerprint
-        if held_out := min(args.num_validation_images, len(self.train) // 10):
-            self.train, self.held_out = self.train.split(held_out, args.seed)
-
-    def _stream(self, table) -> None:
-        args = self.args
-        self.class_names = ImageStream(table, [], **self.options).class_names  # which checks the columns, too
-        if args.class_conditional and not self.class_names:
-            raise ValueError(f"The stream does not say how many classes {args.label_column!r} has: leave --streaming.")
-        self.fingerprint = None  # not known before all of it was read
-        if args.num_validation_images:
-            table = table.shuffle(args.seed)  # classes often come one after another
-            rows = list(table.take(args.num_validation_images))
-            self.held_out = ImageDataset(datasets.Dataset.from_list(rows, features=table.features), **self.options)
-            table = table.skip(len(rows))
-        if next(iter(table), None) is None:
-            raise ValueError(f"{self.images} holds no image to train on: lower --num_validation_images, or add some.")
-        self.train = table
-
-    def __str__(self) -> str:
-        return self.description if self.is_stream else f"{self.description}, {self.length:,} images"
-
-    @property
-    def num_classes(self) -> int | None:
-        return len(self.class_names) if self.class_names else None
-
-    @property
-    def length(self) -> int | None:
-        """Number of training images; None for a stream."""
-        return None if self.is_stream else len(self.train)
-
-    def detail_std(self) -> float:
-        """The deviation of the octaves' detail, over the resolutions as they are drawn."""
-        images, args = self.held_out if self.is_stream else self.train, self.args
-        if images is None:
-            raise ValueError("A stream is measured by its held-out images: give `detail_std`, or hold some out.")
-        powers = []
-        for size in args.resolutions:
-            source = source_size(size, args.resolutions, args.source_resolution)
-            items = images.__getitems__([(i, source) for i in range(min(len(images), MEASURED_IMAGES))])
-            powers.append(detail_std(fit_size(torch.stack([item["image"] for item in items]), size)) ** 2)
-        return round(math.sqrt(np.average(powers, weights=args.resolution_weights)), 4)
-
-    def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
-        """This process's micro-batches, in the sampler's order whatever the number of workers."""
-        args, data = self.args, dict(batch_sampler=sampler)
-        images = self.train
-        if self.is_stream:
-            crops = dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
-            images, data = ImageStream(self.train, sampler, **self.options, **crops), dict(batch_size=None)
-        return DataLoader(
-            images, **data, num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=pin_memory
-        )
-
-
-def build_unet(args, config: dict, num_classes: int | None) -> DFUModel:
-    """A new model for the data's classes and augmentation, or the one to fine-tune, which must fit them."""
-    if num_classes and args.label_dropout:
-        num_classes += 1  # the last one means no class
-    wanted = {"num_class_embeds": num_classes, "num_augment_labels": config.get("num_augment_labels", 0)}
-    if args.augment_probability:
-        wanted["num_augment_labels"] = GeometricAugment.num_labels
-    for name, value in wanted.items():
-        given = config.get(name)
-        if (args.init_from or given) and (given or None) != (value or None):
-            raise ValueError(
-                f"{args.init_from or args.model_config} has {name}={given}, but with --class_conditional "
-                f"{args.class_conditional}, --label_dropout {args.label_dropout} and --augment_probability "
-                f"{args.augment_probability} it must be {value}."
-            )
-    if not args.init_from:
-        return DFUModel.from_config(config | wanted)
-    model = DFUPipeline.from_pretrained(args.init_from).unet.float().train()
-    if args.spectral_rank:
-        model = model.factorized(args.spectral_rank)
-    model.register_to_config(sample_size=config["sample_size"])
-    return model
-
-
-def build_refiner(args, config: dict) -> DFURefiner:
-    """A new refiner, or the one to fine-tune."""
-    if not args.init_from:
-        return DFURefiner.from_config(config)
-    model = DFURefiner.from_pretrained(args.init_from, subfolder="refiner", use_safetensors=True).float().train()
-    model.register_to_config(sample_size=config["sample_size"], coarse_size=config["coarse_size"])
-    return model
-
-
-def build_scheduler(args) -> EDMHeunScheduler:
-    """The scalings of the network: a pipeline to fine-tune brings its own."""
-    if not args.init_from:
-        return EDMHeunScheduler(sigma_data=args.sigma_data or 0.5)
-    scheduler = EDMHeunScheduler.from_pretrained(args.init_from, subfolder="scheduler")
-    if args.sigma_data not in (None, scheduler.config.sigma_data):
-        raise ValueError(
-            f"{args.init_from} was trained with sigma_data={scheduler.config.sigma_data}, not {args.sigma_data}: "
-            f"leave out --sigma_data."
-        )
-    return scheduler
-
-
-def build_optimizer(args, model) -> torch.optim.Optimizer:
-    """Over the parameters that train: frozen ones cost no memory here."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=args.learning_rate)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-    try:
-        from bitsandbytes.optim import Adam8bit
-    except ImportError as error:
-        raise ValueError(f"--optimizer adam8bit needs bitsandbytes ({error}): pip install bitsandbytes.") from error
-    return Adam8bit(parameters, lr=args.learning_rate)
-
-
-def average_rules(args) -> dict:
-    """How to make each average of the weights: "ema" is what the pipeline gets, the others leave snapshots."""
-
-    def halflife(parameters):
-        return HalfLifeEMA(parameters, args.batch_size, args.ema_halflife_images, args.ema_rampup_ratio)
-
-    power = {f"power-{width}": functools.partial(PowerEMA, sigma_rel=width) for width in args.power_ema}
-    return {"ema": halflife, **power}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+CONFIGS = Path(__file__).parent / "configs"
 
 
 class Run:
@@ -981,16 +543,6 @@ class Run:
         write_atomically(self.output / "README.md", card)
 
 
-def public_options(args) -> dict:
-    """The options in words that JSON has."""
-    values = dict(sorted(vars(args).items()))
-    for name in ("resolutions", "upsample_resolutions"):
-        values[name] = [format_resolution(size) for size in values[name]]
-    if values["source_resolution"]:
-        values["source_resolution"] = format_resolution(values["source_resolution"])
-    return values
-
-
 @contextlib.contextmanager
 def one_line_errors():
     """Mistakes of the user end the script with one line, without the trail that a mistake of ours needs."""
@@ -1002,7 +554,7 @@ def one_line_errors():
 
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
+    args = parse_args(argv, CONFIGS, __doc__)
     with one_line_errors():
         run = Run(args, shlex.join(["train_dfu.py", *argv]))
     if args.dry_run:

@@ -25,6 +25,7 @@ from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionP
 from dfu_diffusers.data.portraits import PortraitDataset
 from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler
 from dfu_diffusers.training import losses as losses_module
+from dfu_diffusers.training import setup as training_setup
 from dfu_diffusers.training.checkpoints import sole_user
 from dfu_diffusers.training.ema import reconstruct
 from dfu_diffusers.training.freezing import parameter_groups
@@ -38,6 +39,10 @@ TINY = [
     "--checkpointing_steps", "2", "--lr_warmup_images", "4", "--report_images", "1000", "--report_to", "none",
     "--num_validation_images", "4", "--max_train_steps", "4",
 ]  # fmt: skip
+
+
+def parse(*options):
+    return train_dfu.parse_args([str(option) for option in options], train_dfu.CONFIGS)
 
 
 def run(*options):
@@ -525,7 +530,7 @@ def test_fine_tuning_a_factorised_model(tmp_path):
 def test_a_pipeline_to_fine_tune_brings_its_dropout_and_its_scalings(tmp_path):
     train(tmp_path / "base", *dropout_config(tmp_path), "--augment_probability", 0.1, "--sigma_data", 0.7)
     again = [*TINY[2:], "--init_from", tmp_path / "base", "--output_dir", tmp_path / "tuned"]
-    args = train_dfu.parse_args(list(map(str, [*again, "--augment_probability", 0.1])))
+    args = parse(*again, "--augment_probability", 0.1)
     AcceleratorState._reset_state(reset_partial_state=True)
     prepared = train_dfu.Run(args)
     assert prepared.network.training and prepared.network.config.dropout == 0.3
@@ -551,7 +556,7 @@ class Poisoned(PortraitDataset):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_dfu, "PortraitDataset", Poisoned)
+    monkeypatch.setattr(training_setup, "PortraitDataset", Poisoned)
     train(tmp_path / "run", "--max_train_steps", "3", "--checkpointing_steps", "1", "--checkpoints_total_limit", "3")
     assert [np.isfinite(float(row["loss"])) for row in losses(tmp_path / "run")] == [True, False, True]
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
@@ -561,7 +566,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(tmp_path, monkeypatch):
 
 
 def test_a_run_that_stays_not_finite_stops(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_dfu, "PortraitDataset", Poisoned)
+    monkeypatch.setattr(training_setup, "PortraitDataset", Poisoned)
     monkeypatch.setattr(Poisoned, "poisoned", range(9, 999))
     with pytest.raises(SystemExit, match="Stopped after 3 steps in a row without a finite loss"):
         train(tmp_path / "run", "--max_train_steps", "9", "--max_nonfinite_steps", "3")
@@ -583,15 +588,16 @@ def test_what_has_diverged_is_neither_saved_nor_exported(tmp_path, rate, message
 
 FAILING = """
 import sys
+from dfu_diffusers.training import setup
 from examples import train_dfu
 
-class Failing(train_dfu.PortraitDataset):
+class Failing(setup.PortraitDataset):
     def __getitems__(self, draws):
         if any(draw[-1] == 12 for draw in draws):
             raise OSError("portrait 12 cannot be read")
         return super().__getitems__(draws)
 
-train_dfu.PortraitDataset = Failing
+setup.PortraitDataset = Failing
 train_dfu.main(sys.argv[1:])
 """
 
@@ -618,7 +624,7 @@ class Killed(PortraitDataset):
 
 
 def test_a_killed_loader_is_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_dfu, "PortraitDataset", Killed)
+    monkeypatch.setattr(training_setup, "PortraitDataset", Killed)
     with pytest.raises(SystemExit, match="loads images died.*Use fewer --num_workers.*--resume_from_checkpoint"):
         train(tmp_path / "run", "--num_workers", "1", "--checkpointing_steps", "1")
 
@@ -781,10 +787,10 @@ def test_small_images_and_empty_folders(tmp_path, photos):
 def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
     path = tmp_path / "options.yaml"
     path.write_text("batch_size: 16\nlearning_rate: 5e-4\nresolutions: [32, 48x64]\nmixed_precision: no\ntf32: true\n")
-    args = train_dfu.parse_args(["--config", str(path), "--batch_size", "8"])
+    args = parse("--config", path, "--batch_size", "8")
     assert (args.batch_size, args.learning_rate, args.tf32, args.mixed_precision) == (8, 5e-4, True, "no")
     assert args.resolutions == [(32, 32), (48, 64)]
-    assert not train_dfu.parse_args(["--config", str(path), "--no-tf32"]).tf32
+    assert not parse("--config", path, "--no-tf32").tf32
     for text, message in [
         ("batch_sise: 3", "no option 'batch_sise', perhaps 'batch_size'"),
         ("batch_size: -3", "-3 must be at least 1"),
@@ -794,7 +800,7 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
     ]:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(SystemExit):
-            train_dfu.parse_args([f"--config={path}"])
+            parse(f"--config={path}")
         assert message in capsys.readouterr().err
 
 
@@ -802,12 +808,12 @@ def test_what_the_launcher_and_the_shell_would_do(tmp_path, monkeypatch, capsys)
     """Its precision counts unless the options say otherwise; `~` is the home directory in a file of options, too."""
     path = tmp_path / "options.yaml"
     path.write_text("train_data_dir: ~/photos\noutput_dir: ~/run\n")
-    args = train_dfu.parse_args(["--config", str(path)])
+    args = parse("--config", path)
     assert args.train_data_dir == os.path.expanduser("~/photos") and args.output_dir == os.path.expanduser("~/run")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for options, precision in ([], "bf16"), (["--mixed_precision", "no"], "no"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        args = train_dfu.parse_args(list(map(str, [*TINY, "--output_dir", tmp_path / "run", *options, "--dry_run"])))
+        args = parse(*TINY, "--output_dir", tmp_path / "run", *options, "--dry_run")
         assert train_dfu.Run(args).accelerator.mixed_precision == precision == args.mixed_precision
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(SystemExit, match="fp16 needs a GPU"):
