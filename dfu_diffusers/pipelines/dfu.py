@@ -136,7 +136,7 @@ class DFUPipeline(DFUPipelineBase):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 18,
-        octave_steps: int = 6,
+        octave_steps: int = 10,
         class_labels: int | list[int] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,

@@ -49,7 +49,7 @@ class DFUInpaintPipeline(DFUPipeline):
         mask_image: Image.Image | np.ndarray | torch.Tensor | list,
         strength: float = 1.0,
         num_inference_steps: int = 18,
-        octave_steps: int = 6,
+        octave_steps: int = 10,
         class_labels: int | list[int] | torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,

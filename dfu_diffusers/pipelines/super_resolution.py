@@ -75,7 +75,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         width: int | None = None,
         scale: float | None = None,
         noise_level: float = 0.0,
-        octave_steps: int = 6,
+        octave_steps: int = 10,
         consistency: bool | None = None,
         strength: float = 0.2,
         num_inference_steps: int = 18,
