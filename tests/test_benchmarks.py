@@ -80,7 +80,7 @@ def test_tables_are_taken_from_results(tmp_path, monkeypatch):
     assert only == "<!-- layer.csv: dtype==bfloat16; size -->\n| size |\n|---|\n| 64 |\n"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("page", ["docs/performance.md"])
 def test_tables_of_the_pages_are_those_measured(page):
     text = (measure.ROOT / page).read_text()
     assert ".csv: " in text and measure.with_tables(text) == text, f"run `python benchmarks/measure.py {page}`"

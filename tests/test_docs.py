@@ -242,7 +242,7 @@ def check_script(words: list[str], parse) -> None:
 
 def check_training(options: list[str]) -> None:
     """The script's own checks; and where there is something to train on, all that --dry_run looks at."""
-    args = train_dfu.parse_args(options)
+    args = train_dfu.parse_args(options, train_dfu.CONFIGS)
     there = all(
         value is None or Path(value).exists() for value in (args.train_data_dir, args.dataset_name, args.init_from)
     )

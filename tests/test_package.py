@@ -47,7 +47,7 @@ ARROWS = {
     "decode": set(),
     "files": set(),
     "command_line": {"schedulers", "data"},
-    "training": {"models", "schedulers", "pipelines", "data", "files"},
+    "training": {"models", "schedulers", "pipelines", "data", "files", "command_line", "__init__"},
     "evaluation": {"models", "schedulers", "pipelines", "data", "files", "command_line"},
     "hub": {"models", "schedulers", "pipelines", "data", "files", "__init__"},
     "__init__": {"models", "schedulers", "pipelines"},
