@@ -11,6 +11,7 @@ from sampling import silent
 
 from dfu_diffusers import DFUPipeline, DFURefiner, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers.files import write_atomically
+from dfu_diffusers.training import reports
 from dfu_diffusers.training.reports import Table, activation_bytes, enlargement_sheet, plot_losses, sample_sheet
 
 FIELDS = ["step", "resolution", "loss"]
@@ -38,7 +39,9 @@ def test_a_table_continues_after_a_checkpoint_and_drops_what_will_be_done_again(
 @pytest.mark.parametrize(
     "damage", ["1,8x8", "one,8x8,0.5", "1,8x8,half", "1,8x8,0.5,more", "-1,8x8,0.5", "\0\0\0", "1,8x8,\xff"]
 )
-def test_damaged_rows_are_left_out(tmp_path, damage, caplog):
+def test_damaged_rows_are_left_out(tmp_path, damage, caplog, monkeypatch):
+    monkeypatch.setattr(reports.logger, "disabled", False)  # whatever logging another test has set up
+    caplog.set_level("WARNING", logger=reports.logger.name)
     path = tmp_path / "loss.csv"
     path.write_bytes(f"step,resolution,loss\n{damage}\n2,8x8,0.5\n3,8x8,0.25\n".encode("latin-1"))
     table = Table(path, FIELDS, start_step=9)

@@ -420,7 +420,7 @@ def test_stop_ends_the_run_of_its_session_alone(studio):
 
 def test_the_card_tells_what_to_expect(tmp_path):
     title, about = app.read_card(ROOT / "checkpoints" / "dfu-portraits")
-    assert title == "dfu-portraits" and "16 to 64 px" in about and "At 96 px" in about
+    assert title == "dfu-portraits" and "one person at every size" in about and "Cartoon portraits only" in about
     assert "![" not in about and "Recipe" not in about and "Citation" not in about
     assert app.read_card(tmp_path) == (tmp_path.name, "\n\n")
     (tmp_path / "README.md").write_text("no heading\n")
