@@ -33,7 +33,7 @@ class Table:
         self.path, self.fields, self.rows = path, list(fields), []
         if start_step and path.exists():
             with open(path, newline="", encoding="utf-8", errors="replace") as file:
-                rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+                rows = list(csv.DictReader(line.replace("\0", "\ufffd") for line in file))
             # A process killed while it wrote leaves half a row, the last one.
             if damaged := sum(not self._is_whole(row) for row in rows[:-1]):
                 logger.warning("%d damaged rows of %s are left out.", damaged, path)
