@@ -571,7 +571,7 @@ def test_a_run_that_stays_not_finite_stops(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="Stopped after 3 steps in a row without a finite loss"):
         train(tmp_path / "run", "--max_train_steps", "9", "--max_nonfinite_steps", "3")
     assert "Step 5 at 8x8 skipped: loss nan" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]  # the last before step 3
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]  # before step 3
 
 
 def poison_weights(self, done, *values, original=train_dfu.Run._log):
