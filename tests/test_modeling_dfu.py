@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sampling import assert_near, relative_error
 
+import dfu_diffusers
 from dfu_diffusers import DFUPipeline
 from dfu_diffusers.evaluation.metrics import wrap_seam
 from dfu_diffusers.models import resampling, spectral
@@ -31,6 +32,8 @@ PARAMETERS = {
     "ffhq-96": 630_576_131,
     "ffhq-96-compact": 155_662_389,
     "portraits": 7_192_771,
+    "portraits-refiner": 1_208_460,
+    "portraits-trunk": 4_277_123,
     "digits": 5_223_889,
     "tiny": 78_227,
 }
@@ -129,8 +132,9 @@ def test_conv_types(make_model):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_parameter_count_of_presets(path):
+    config = DFUModel.load_config(path)
     with torch.device("meta"):
-        model = DFUModel.from_config(DFUModel.load_config(path))
+        model = getattr(dfu_diffusers, config["_class_name"]).from_config(config)
     assert model.num_parameters() == PARAMETERS[path.stem]
 
 
