@@ -40,7 +40,7 @@ def prepare(size: int, batch_size: int, steps: int, folder: str, options: list[s
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = ["--resolutions", size, "--batch_size", batch_size, "--max_train_steps", steps, "--output_dir", folder]
     argv += ["--report_to", "none", "--num_validation_images", 0, *options]
-    return train_dfu.Run(train_dfu.parse_args(list(map(str, argv))))
+    return train_dfu.Run(train_dfu.parse_args(list(map(str, argv)), train_dfu.CONFIGS))
 
 
 def step_seconds(run, size: int) -> list[tuple[float, float]]:
