@@ -64,8 +64,9 @@ def step_seconds(run, size: int) -> list[tuple[float, float]]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    with contextlib.redirect_stdout(io.StringIO()), train_dfu.StopSignal() as stop:
-        run.begin()
+    with contextlib.redirect_stdout(io.StringIO()), train_dfu.StopSignal() as stop, contextlib.ExitStack() as stack:
+        stack.enter_context(run._output_folder())
+        run.begin(stack.enter_context(run._workers()))
         return [(seconds(bare, n), seconds(script, n)) for n in range(1, run.args.max_train_steps + 1)][2:]
 
 
