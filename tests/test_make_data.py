@@ -192,6 +192,22 @@ def test_landscapes(landscapes):
     }
 
 
+def test_crops_of_training_landscapes(landscapes):
+    run(landscapes, "landscapes")
+    made = run(landscapes, "crops")
+    photos = len(list((landscapes / "landscapes" / "train").glob("*.jpg")))
+    assert len([name for name in made if name.endswith(".png")]) == photos * (14 * 7 + 7 * 3)
+    with Image.open(landscapes / "crops" / "sea1-360-48-96.png") as crop:
+        whole = Image.open(landscapes / "landscapes" / "train" / "sea1.jpg")
+        assert crop.tobytes() == whole.crop((96, 48, 160, 112)).tobytes()
+    assert "CC-BY-SA-4.0" in (landscapes / "crops" / "README.md").read_text(), "credits come along"
+
+
+def test_crops_need_landscapes(tmp_path):
+    with pytest.raises(SystemExit, match="make the landscapes first"):
+        run(tmp_path, "crops")
+
+
 def test_landscapes_in_the_public_domain(landscapes):
     """`hill1*` declares hill10-ann.jpg public domain, too, but Ann has a licence of her own."""
     whole = {name for name in run(landscapes, "landscapes") if "-ann" not in name}
