@@ -136,7 +136,7 @@ class DFUPipeline(DFUPipelineBase):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 18,
-        octave_steps: int = 10,
+        octave_steps: int = 6,
         class_labels: int | list[int] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -160,7 +160,7 @@ class DFUPipeline(DFUPipelineBase):
             batch_size: number of images.
             height, width: size in pixels, at least 1 each; by default the `sample_size` of the refiner, or of `unet`.
             num_inference_steps: steps of `unet`; a Heun step takes two network calls, the last one only one.
-            octave_steps: steps of the refiner in each octave.
+            octave_steps: network calls of the refiner in each octave. One gives the mean detail, blurred.
             class_labels: class of each image, or one for all, if the model is class-conditional.
             guidance_scale: weight w in D_weak + w (D - D_weak), a blend of denoised images; 1 switches it off. D_weak
                 is that of `guide` if the pipeline has one. Otherwise it is that of no class (classifier-free guidance,
@@ -330,9 +330,7 @@ class DFUPipeline(DFUPipelineBase):
     def _sample_detail(self, run, picture, condition, told, coarse, noise, normals, project) -> torch.Tensor:
         """Detail of `picture`, which has the modes of the grid `coarse`, given `condition`, the same with noise."""
         size, periodic = tuple(picture.shape[-2:]), run.periodic
-        scheduler = octave_scheduler(self.scheduler, self.refiner)
-        scheduler.set_timesteps(run.octave_steps, device=picture.device)
-        scheduler.set_begin_index(0)
+        scheduler = octave_scheduler(self.scheduler, self.refiner, run.octave_steps, picture.device)
         run.draw_noise = lambda shape: noise.beyond(size, coarse)
 
         def predict(sample, timestep):  # as the sample has no coarse modes, neither have the denoised ones
@@ -422,10 +420,8 @@ class DFUPipeline(DFUPipelineBase):
             )
 
     def _refiner_calls(self, run: "Run", octaves: list[tuple[int, int]]) -> int:
-        scheduler = octave_scheduler(self.scheduler, self.refiner)
-        scheduler.set_timesteps(run.octave_steps)
         grown = sum(share_beyond(size, coarse, run.periodic) > 0 for coarse, size in zip(octaves, octaves[1:]))
-        return grown * len(scheduler.timesteps)
+        return grown * run.octave_steps
 
     def _scheduler_of(self, steps: int):
         """The pipeline's scheduler at the beginning of a run of `steps`."""
@@ -459,7 +455,8 @@ class DFUPipeline(DFUPipelineBase):
             run.sums.append(output.sum())
             if project is not None:
                 output = _projected(scheduler, output, latents, project)
-            latents = scheduler.step(output, t, latents, **noise, return_dict=False)[0]
+            with torch.device(latents.device):  # on which diffusers' schedulers make their numbers
+                latents = scheduler.step(output, t, latents, **noise, return_dict=False)[0]
             if run.callback is not None:
                 latents = self._call_back(run, t, latents)
             run.calls += 1

@@ -49,7 +49,7 @@ class DFUInpaintPipeline(DFUPipeline):
         mask_image: Image.Image | np.ndarray | torch.Tensor | list,
         strength: float = 1.0,
         num_inference_steps: int = 18,
-        octave_steps: int = 10,
+        octave_steps: int = 6,
         class_labels: int | list[int] | torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -72,7 +72,7 @@ class DFUInpaintPipeline(DFUPipeline):
                 under the mask; less keeps some of it, as `round(strength * num_inference_steps)` steps, at least one,
                 are left when the image comes in, noised to the level at which they begin.
             num_inference_steps: steps of `unet`, on its own grid where there is a refiner.
-            octave_steps: steps of the refiner in each octave, which takes part where `strength` is 1.
+            octave_steps: network calls of the refiner in each octave, which takes part where `strength` is 1.
             class_labels: class of each image, or one for all, if the model is class-conditional.
             generator: source of all noise (`nested_noise`, which is one function at all sizes). A list has one per
                 image, and then each image is the same whatever its neighbours.
