@@ -2,18 +2,22 @@
 """How good are enlarged portraits and photographs, beside bicubic and Lanczos interpolation?
 
     python experiments/super_resolution.py [--model checkpoints/dfu-portraits] [--side 32] [--scales 1.25 1.5 2 3 4]
+    python experiments/super_resolution.py --model checkpoints/dfu-upscaler --side 90 --scales 1.5 2 3 4 \\
+        --image_dir outputs/data/landscapes/validation --extractor efficientnet
 
 Held-out portraits, rendered at 512 px, are area-averaged to each size, which is the truth, and shrunk to --side
 pixels, which is the input: averaged as a camera does it, or by --shrink bicubic. (An input averaged from the truth
-itself would favour consistency where the factor is no integer.) With --photographs, squares of those that come with
-scikit-image and scikit-learn take their place. Writes OUTPUT.csv, OUTPUT.md and a picture, OUTPUT.png (input, each
-method, truth).
+itself would favour consistency where the factor is no integer.) With --image_dir the middle squares of its pictures
+take their place. Writes OUTPUT.csv, OUTPUT.md and a picture, OUTPUT.png (input, each method, truth).
 
-PSNR in dB and SSIM (torchmetrics) compare each image with its truth: higher is better, and smooth images win, so that
-the mean of several samples has a row, too. Frechet and kernel distance (KID times 1000) of the portrait reader's
-features compare the sets: lower is better, and detail that portraits do not have loses; the first needs more than 96
-images. Consistency error: largest difference of an 8-bit result, area-averaged to the input's size, from the input, in
-1/255.
+Rows: "sample" is what the pipeline makes by default, "mean" the mean of --samples of them, "one call" that of one call
+in each octave (octave_steps=1).
+
+PSNR in dB and SSIM (torchmetrics) compare each image with its truth: higher is better, and smooth images win. The
+feature distance is the mean distance between the extractor's features of an image and of its truth, relative to that
+between two truths: lower is better. Frechet and kernel distance (KID times 1000) compare the sets: lower is better; the
+first needs more images than features. Consistency error: largest difference of an 8-bit result, area-averaged to the
+input's size, from the input, in 1/255.
 """
 
 import argparse
@@ -23,11 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm.auto import tqdm
 
 from dfu_diffusers import DFUSuperResolutionPipeline
+from dfu_diffusers.data.images import read_image
 from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance, kernel_distance, psnr
 from dfu_diffusers.evaluation.sources import to_bytes, to_floats
@@ -38,21 +43,16 @@ from pictures import FINEST, portraits, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
-PHOTOS = ["astronaut", "chelsea", "coffee", "rocket", "china.jpg", "flower.jpg"]
 
 
-def photographs(size: int) -> np.ndarray:
-    """Sample photographs of scikit-image and scikit-learn, their middle squares area-averaged to size x size."""
-    from skimage import data
-    from sklearn.datasets import load_sample_image
-
-    images = []
-    for name in PHOTOS:
-        pixels = load_sample_image(name) if name.endswith(".jpg") else getattr(data, name)()
-        side = min(pixels.shape[:2])
-        top, left = ((n - side) // 2 for n in pixels.shape[:2])
-        images.append(averaged(pixels[None, top : top + side, left : left + side], size))
-    return np.concatenate(images)
+def squares(folder: Path, count: int, size: int | None) -> np.ndarray:
+    """Middle squares of a folder's first pictures, area-averaged to size x size; None for their own size, which is that
+    of the smallest."""
+    paths = sorted(folder.iterdir())[:count]
+    pictures = [read_image({"path": str(path), "bytes": None}, "RGB") for path in paths]
+    side = min(min(picture.size) for picture in pictures)
+    crops = np.stack([np.asarray(ImageOps.fit(each, (side, side))) for each in pictures])
+    return crops if size in (None, side) else averaged(crops, size)
 
 
 def averaged(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -80,16 +80,17 @@ def enlarged(pipe, pixels: np.ndarray, size: int, samples: int = 1, **options) -
     return to_bytes(2 * total / samples - 1)
 
 
-def measure(result: np.ndarray, truth: np.ndarray, small: np.ndarray, extractor=None) -> dict[str, float | None]:
-    """Columns of the table; distances only with an extractor and enough images."""
+def measure(result: np.ndarray, truth: np.ndarray, small: np.ndarray, extractor) -> dict[str, float | None]:
+    """Columns of the table."""
     x, y, given = (to_floats(pixels) for pixels in (result, truth, small))
-    features = [extractor(images) for images in (y, x)] if extractor is not None else []
-    enough = features and len(x) > extractor.dim
+    true, found = extractor(y), extractor(x)
+    between = (true - true.roll(1, 0)).norm(dim=1).mean()
     return {
         "PSNR, dB": psnr(x, y).mean().item(),
         "SSIM": structural_similarity_index_measure(x, y, data_range=2.0).item(),
-        "Frechet": frechet_distance(*map(statistics, features)) if enough else None,
-        "KID, 1/1000": 1000 * kernel_distance(*features, resamples=1)[0] if features else None,
+        "feature distance": ((true - found).norm(dim=1).mean() / between).item(),
+        "Frechet": frechet_distance(statistics(true), statistics(found)) if len(x) > extractor.dim else None,
+        "KID, 1/1000": 1000 * kernel_distance(true, found, resamples=1)[0],
         "consistency, 1/255": 127.5 * (resample(x, given.shape[-2:]) - given).abs().max().item(),
     }
 
@@ -108,20 +109,21 @@ def main(argv=None) -> list[dict]:
     add("--side", type=int, default=32, help="of the images to enlarge")
     add("--scales", type=float, nargs="+", default=[1.25, 1.5, 2, 3, 4])
     add("--shrink", choices=["averaging", "bicubic"], default="averaging", help="how the input is made")
-    add("--count", type=int, default=100, help="portraits")
+    add("--count", type=int, default=100, help="images")
     add("--samples", type=int, default=16, help="of each image, whose mean has a row")
-    add("--photographs", action="store_true", help="enlarge photographs rather than portraits")
+    add("--image_dir", type=Path, help="enlarge the pictures of this folder rather than portraits")
+    add("--extractor", default="portrait", help='of features: "efficientnet" for photographs')
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
     add("--output", type=Path, default=ROOT / "outputs" / "super_resolution", help="without suffix")
     args = parse(parser, argv)
     args.device = "cpu"
     pipe = DFUSuperResolutionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    extractor = None if args.photographs else load_extractor("portrait")
-    pictures = photographs if args.photographs else partial(portraits, args.count)
+    extractor = load_extractor(args.extractor)
+    pictures = partial(squares, args.image_dir, args.count) if args.image_dir else partial(portraits, args.count)
     small = pictures(args.side)
     if args.shrink == "bicubic":
-        small = interpolated(pictures(FINEST), args.side, FILTERS["bicubic"])
+        small = interpolated(pictures(None if args.image_dir else FINEST), args.side, FILTERS["bicubic"])
 
     rows = []
     for scale in args.scales:
@@ -131,10 +133,12 @@ def main(argv=None) -> list[dict]:
         methods = {name: partial(interpolated, small, size, f) for name, f in FILTERS.items()}
         methods |= {
             "bicubic, projected": partial(projected, small, size),
-            "DFU, consistent": partial(draw, consistency=True),
-            "DFU, free": partial(draw, consistency=False),
-            f"DFU, mean of {args.samples}": partial(draw, samples=args.samples),
+            "sample": draw,
+            "sample, consistency=False": partial(draw, consistency=False),
+            "one call": partial(draw, octave_steps=1),
         }
+        if args.samples > 1:
+            methods[f"mean of {args.samples}"] = partial(draw, samples=args.samples)
         for name, method in tqdm(methods.items(), desc=f"{size} px", unit="method"):
             start = time.perf_counter()
             columns[name] = method()

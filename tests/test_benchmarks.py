@@ -14,6 +14,7 @@ import measure
 import pictures
 from benchmarks import bench_layer, bench_model, bench_pipeline, bench_train, large_images
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
+from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.tables import report
 from dfu_diffusers.models.spectral import SpectralConv2d
 from examples import evaluate_dfu, train_dfu
@@ -240,15 +241,23 @@ def test_enlarged_portraits_are_measured(tmp_path, capsys):
     save_octaves(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--side", "16", "--scales", "2", "--count", "3", "--samples", "2"]
     rows = super_resolution.main([*options, "--output", str(tmp_path / "table")])
-    names = ["bicubic", "Lanczos", "bicubic, projected", "DFU, consistent", "DFU, free", "DFU, mean of 2"]
+    names = ["bicubic", "Lanczos", "bicubic, projected", "sample", "sample, consistency=False", "one call", "mean of 2"]
     assert [row["method"] for row in rows] == names and {row["size"] for row in rows} == {32}
-    assert [row["consistency, 1/255"] <= 1 for row in rows] == [False, False, True, True, False, True]
+    assert [row["consistency, 1/255"] <= 1 for row in rows] == [False, False, True, True, False, True, True]
     assert all(row["PSNR, dB"] > 12 and 0.3 < row["SSIM"] < 1 and row["Frechet"] is None for row in rows)
-    assert len(list(csv.DictReader(open(tmp_path / "table.csv")))) == 6 and (tmp_path / "table.png").is_file()
+    assert len(list(csv.DictReader(open(tmp_path / "table.csv")))) == 7 and (tmp_path / "table.png").is_file()
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     truth = pictures.portraits(3, 32)
-    figures = super_resolution.measure(truth, truth, super_resolution.averaged(truth, 16))
-    assert figures["SSIM"] > 0.999 and figures["consistency, 1/255"] < 0.51
+    figures = super_resolution.measure(truth, truth, super_resolution.averaged(truth, 16), load_extractor("portrait"))
+    assert figures["SSIM"] > 0.999 and figures["consistency, 1/255"] < 0.51 and figures["feature distance"] == 0
+
+
+def test_squares_are_the_middles_of_pictures(tmp_path):
+    for number, size in enumerate([(40, 20), (24, 30)]):
+        Image.new("RGB", size, (100 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    assert super_resolution.squares(tmp_path, 9, None).shape == (2, 20, 20, 3)
+    assert (super_resolution.squares(tmp_path, 9, 10)[..., 0] == np.array([0, 100])[:, None, None]).all()
+    assert len(super_resolution.squares(tmp_path, 1, 10)) == 1
 
 
 class Means:
