@@ -48,7 +48,6 @@ test: $(PASSED)  ## Run the tests, except the slow ones. FORCE_TESTS=1 runs them
 test-oldest:  ## Run the tests with the oldest releases that setup.py admits: constraints-oldest.txt.
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ALSO=transformers .venv-oldest/installed-test
 	.venv-oldest/bin/python -m pytest --deselect tests/test_modeling_dfu.py::test_offloading \
-		--deselect tests/test_pipeline_dfu.py::test_group_offload \
 		--deselect tests/test_interoperability.py::test_group_offload_of_a_pipeline \
 		--deselect tests/test_package.py::test_importing_the_package_brings_in_no_training_code
 
@@ -77,7 +76,7 @@ outputs/demo.png: $(VENV)/installed-demo examples/demo.py $(PACKAGE) $(CHECKPOIN
 
 $(PASSED): $(VENV)/installed-test
 	@rm -f $(VENV)/passed-*
-	$(PY) -m pytest -n auto --maxprocesses 4
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 	@touch $@
 
 # One stamp per extra. The package is installed in place, so changing its code asks for no new installation.

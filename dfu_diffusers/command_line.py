@@ -6,6 +6,7 @@ import math
 import platform
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,8 +60,9 @@ def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespa
         )
 
 
+@cache
 def git_commit() -> str | None:
-    """Short hash of the repository's commit, with "-dirty" behind it where files differ."""
+    """Short hash of the repository's commit, with "-dirty" behind it where files differ, at the first call."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

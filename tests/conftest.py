@@ -8,13 +8,34 @@ import torch
 from sampling import silent
 
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
+from dfu_diffusers.training import reports
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # on tensors this small one is far faster than two
+# On tensors this small one thread is far faster than two, here and in processes that tests start.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_sheets():
+    """Sheets of samples take two steps: 18 would be most of the time of the tests that train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "STEPS", 2)
+        yield
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """Function that makes samplers hasten: whether a page runs shows after two steps."""
+    set_timesteps = EDMHeunScheduler.set_timesteps
+
+    def few(scheduler, num_inference_steps=None, *args, **kwargs):
+        set_timesteps(scheduler, min(num_inference_steps, 2) if num_inference_steps else None, *args, **kwargs)
+
+    return lambda: monkeypatch.setattr(EDMHeunScheduler, "set_timesteps", few)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,13 @@ def save_octaves(folder):
     DFUPipeline(unet, EDMHeunScheduler(), refiner=refiner).save_pretrained(folder)
 
 
+@pytest.fixture
+def known_peak(monkeypatch):
+    """Operations a second that this machine is said to reach: to measure them takes seconds for each type."""
+    for benchmark in (bench_layer, bench_model):
+        monkeypatch.setattr(benchmark, "gemm_peak", lambda *_: 1e15)
+
+
 def test_contenders_take_turns():
     order = []
     times = measure.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, turns=2)
@@ -101,7 +108,7 @@ def test_the_rfft2_layer_is_the_same_function():
     assert torch.allclose(ours(x), theirs(x), atol=1e-4)
 
 
-def test_the_benchmark_of_layers(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_of_layers(tmp_path, monkeypatch, capsys, known_peak):
     """With a layer from a folder, as the authors' would be."""
     (tmp_path / "their_networks.py").write_text(
         "from textbook import RfftSpectralConv2d\n\n\n"
@@ -116,13 +123,13 @@ def test_the_benchmark_of_layers(tmp_path, monkeypatch, capsys):
     kinds = [(row["case"], row["dtype"]) for row in rows]
     assert kinds == [(kind, dtype) for kind in ("forward", "forward", "training") for dtype in ("float32", "bfloat16")]
     assert rows[0]["official / ours"] > 0 and rows[0]["rfft2, ms"] > 0 and rows[2]["rfft2, ms"] is None
-    assert all(0 < row["share of GEMM peak"] < 1.5 and row["peak, MiB"] > 0 for row in rows)
+    assert all(0 < row["share of GEMM peak"] < 1 and row["peak, MiB"] > 0 for row in rows)
     assert "| training | bfloat16 | 8 | 1 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="kind must be forward or training"):
         bench_layer.main(["--cases", "backward:8:1"])
 
 
-def test_the_benchmark_of_models(tmp_path, capsys):
+def test_the_benchmark_of_models(tmp_path, capsys, known_peak):
     options = ["--config", "tiny", "--cases", "forward:8:1", "training:16:2", "--turns", "1", "--profile"]
     rows = bench_model.main([*options, "--output", str(tmp_path / "model")])
     cases = [(row["case"], row["dtype"], row["size"]) for row in rows]
@@ -137,7 +144,7 @@ def test_the_benchmark_of_models(tmp_path, capsys):
     assert not any("spatial" in name for name in row)
 
 
-def test_a_model_with_textbook_layers_is_measured_in_all_precisions():
+def test_a_model_with_textbook_layers_is_measured_in_all_precisions(known_peak):
     dtypes = ["float32", "tf32", "bfloat16"]
     options = ["--config", "tiny", "--cases", "forward:9:1", "training:16:2", "--alone", "--rfft2", "--turns", "1"]
     rows = bench_model.main([*options, "--dtypes", *dtypes])

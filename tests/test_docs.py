@@ -18,7 +18,7 @@ from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 import dfu_diffusers
-from dfu_diffusers import DFUModel, EDMHeunScheduler
+from dfu_diffusers import DFUModel
 
 pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState  # noqa: E402
@@ -43,6 +43,9 @@ SMALLER = {
         ("[(32, 4), (64, 4), (128, 1)]", "[(8, 1)]"),
         ("[(32, 8), (64, 8)]", "[(8, 1)]"),
         ("step(full, 64, 32,", "step(full, 8, 1,"),
+        ("turns=7", "turns=1"),
+        ("turns=5", "turns=1"),
+        ("size, dtype = 256,", "size, dtype = 8,"),
     ],
 }
 
@@ -93,17 +96,6 @@ def place(photos, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     return tmp_path
-
-
-@pytest.fixture
-def two_steps(monkeypatch):
-    """Samplers make haste: that a block runs shows after two steps."""
-    set_timesteps = EDMHeunScheduler.set_timesteps
-
-    def few(scheduler, num_inference_steps=None, *args, **kwargs):
-        set_timesteps(scheduler, min(num_inference_steps, 2) if num_inference_steps else None, *args, **kwargs)
-
-    return lambda: monkeypatch.setattr(EDMHeunScheduler, "set_timesteps", few)
 
 
 # --- Pages ---
@@ -241,7 +233,7 @@ def check_script(words: list[str], parse) -> None:
 
 
 def check_training(options: list[str]) -> None:
-    """The script's own checks; and where there is something to train on, all that --dry_run looks at."""
+    """The script's own checks; and where there is something to train on, all that --dry_run looks at, at one size."""
     args = train_dfu.parse_args(options, train_dfu.CONFIGS)
     there = all(
         value is None or Path(value).exists() for value in (args.train_data_dir, args.dataset_name, args.init_from)
@@ -249,7 +241,7 @@ def check_training(options: list[str]) -> None:
     if there:
         if not args.resume_from_checkpoint:  # the fixture's run lies where that of the reader will
             options = [*options, "--output_dir", "outputs/new"]
-        train(*options, "--dry_run", "--report_to", "none", "--num_workers", "0")
+        train(*options, "--resolutions", "16", "--dry_run", "--report_to", "none", "--num_workers", "0")
 
 
 # --- The notebook ---

@@ -12,6 +12,7 @@ import torch
 from conftest import redraw
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from sampling import silent
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, DFURefiner, EDMHeunScheduler
 from dfu_diffusers.hub import (
@@ -66,10 +67,8 @@ FACTS = {
 
 
 @pytest.fixture(scope="session")
-def pipe(make_model):
-    pipe = DFUPipeline(make_model(), EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def pipe(make_pipe):
+    return make_pipe()
 
 
 @pytest.fixture
@@ -320,8 +319,7 @@ def test_modules_outside_of_the_folder_are_not_published(folder):
 def octaves(make_model, tmp_path):
     """A saved pipeline with a refiner, and the pipeline."""
     refiner = redraw(DFURefiner(hidden_channels=8, num_layers=1, coarse_size=8, sample_size=24)).eval()
-    pipe = DFUPipeline(make_model(sample_size=8), EDMHeunScheduler(), refiner=refiner)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(make_model(sample_size=8), EDMHeunScheduler(), refiner=refiner))
     pipe.save_pretrained(tmp_path / "octaves")
     return tmp_path / "octaves", pipe
 
@@ -354,9 +352,7 @@ def test_the_card_of_a_pipeline_with_a_refiner(octaves):
 
 
 def load(**kwargs) -> DFUPipeline:
-    pipe = DFUPipeline.from_pretrained(REPO, **kwargs)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return silent(DFUPipeline.from_pretrained(REPO, **kwargs))
 
 
 def draw(pipe) -> np.ndarray:

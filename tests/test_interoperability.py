@@ -9,7 +9,7 @@ from conftest import redraw
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sampling import assert_near
+from sampling import assert_near, silent
 from torch import nn
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
@@ -33,10 +33,8 @@ def small_model(make_model):
 
 
 @pytest.fixture
-def pipe(make_model):
-    pipe = DFUPipeline(make_model(), EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def pipe(make_pipe):
+    return make_pipe()
 
 
 def generate(pipe, **arguments):
@@ -294,12 +292,16 @@ def test_fused_lora_compiles(small_model, lora):
 # --- Export: sizes that are symbols ---
 
 
-@pytest.mark.parametrize("conv_type", ["dual", "spectral"])
-@pytest.mark.parametrize("size", [(1, 1), (1, 6), (4, 7), (13, 10), (16, 16), (33, 57)])
-def test_branch_for_symbolic_sizes(make_model, monkeypatch, conv_type, size):
+@pytest.mark.parametrize(
+    "config",
+    [dict(), dict(conv_type="spectral"), dict(spectral_boundary=("mirror", "periodic"), tileable="x")],
+    ids=["dual", "spectral", "boundaries"],
+)
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (4, 7), (13, 10), (33, 57)])
+def test_branch_for_symbolic_sizes(make_model, monkeypatch, config, size):
     """What a graph holds, run as it is: all modes with zeros for those a grid cannot resolve, and one formula to
     resize by."""
-    model, x = make_model(conv_type=conv_type, fourier_modes=((4, 3), 2, (3, 2))), draw(2, 3, *size)
+    model, x = make_model(fourier_modes=((4, 3), 2, (3, 2)), **config), draw(2, 3, *size)
     expected = model(x, 0.1).sample
     for module in (resampling, spectral):
         monkeypatch.setattr(module, "_is_symbolic", lambda *sizes: True)
@@ -411,8 +413,7 @@ def test_onnx_of_a_model(make_model, tmp_path, capsys, classes):
 
 def test_pipeline_with_a_compiled_model(small_model):
     torch._dynamo.reset()
-    pipe = DFUPipeline(small_model, EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(small_model, EDMHeunScheduler()))
     expected = generate(pipe)
     keys = set(small_model.state_dict())
     pipe.unet.compile(fullgraph=True, backend="eager")
@@ -425,8 +426,7 @@ def test_pipeline_with_a_compiled_model(small_model):
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_pipeline_with_a_compiled_model_by_other_backends(small_model, backend, regional):
     torch._dynamo.reset()
-    pipe = DFUPipeline(small_model, EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(small_model, EDMHeunScheduler()))
     expected = generate(pipe)
     (pipe.unet.compile_repeated_blocks if regional else pipe.unet.compile)(fullgraph=True, backend=backend)
     torch.testing.assert_close(generate(pipe), expected, rtol=0, atol=1e-3)
@@ -454,8 +454,7 @@ def test_group_offload_with_lora(pipe, lora, tmp_path):
 def test_device_map_of_a_pipeline(pipe, tmp_path, device_map):
     expected = generate(pipe)
     pipe.save_pretrained(tmp_path)
-    loaded = DFUPipeline.from_pretrained(tmp_path, device_map=device_map)
-    loaded.set_progress_bar_config(disable=True)
+    loaded = silent(DFUPipeline.from_pretrained(tmp_path, device_map=device_map))
     assert_near(generate(loaded), expected)
 
 

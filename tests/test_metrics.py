@@ -47,7 +47,8 @@ def statistics(*parts):
 def gaussian(mean, covariance, count=10**6):
     """Statistics that have exactly this mean and covariance."""
     result = FeatureStatistics()
-    result.load_state_dict({"count": count, "mean": mean, "scatter": np.asarray(covariance) * (count - 1)})
+    result.count, result.mean = count, torch.tensor(mean, dtype=torch.float64)
+    result._scatter = torch.tensor(np.asarray(covariance) * (count - 1))
     return result
 
 
@@ -67,20 +68,15 @@ def test_statistics_are_those_of_numpy():
     np.testing.assert_allclose(found.covariance, np.cov(features.numpy().T), rtol=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
-@given(cuts=st.lists(st.integers(1, 99), unique=True), groups=st.integers(1, 4), offset=st.sampled_from([0.0, 1e4]))
-def test_statistics_of_any_split_are_those_of_one_pass(cuts, groups, offset):
+@settings(deadline=None, max_examples=20)
+@given(cuts=st.lists(st.integers(1, 99), unique=True), offset=st.sampled_from([0.0, 1e4]))
+def test_statistics_of_any_batches_are_those_of_one(cuts, offset):
     features = offset + normals(100, 5)
-    parts = features.tensor_split(sorted(cuts))
-    processes = [statistics(*parts[rank::groups]) for rank in range(groups)]  # some may have nothing to do
-    merged = FeatureStatistics()
-    for process in processes:
-        merged.merge(process)
-    whole = statistics(features)
-    assert merged.count == whole.count
+    parts, whole = statistics(*features.tensor_split(sorted(cuts))), statistics(features)
+    assert parts.count == whole.count
     # float64 rounds 1e4 by 1e-12.
-    torch.testing.assert_close(merged.mean, whole.mean, rtol=0, atol=1e-9)
-    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=0, atol=1e-9)
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=0, atol=1e-9)
+    torch.testing.assert_close(parts.covariance, whole.covariance, rtol=0, atol=1e-9)
 
 
 def test_statistics_keep_their_digits_far_from_zero():
@@ -88,26 +84,6 @@ def test_statistics_keep_their_digits_far_from_zero():
     torch.testing.assert_close(
         statistics(features + 1e6).covariance, statistics(features).covariance, rtol=0, atol=1e-8
     )
-
-
-def test_statistics_continue_from_a_file(tmp_path):
-    features = normals(30, 4)
-    np.savez(tmp_path / "half.npz", **statistics(features[:20]).state_dict())
-    resumed = FeatureStatistics()
-    with np.load(tmp_path / "half.npz") as file:
-        resumed.load_state_dict(file)
-    resumed.update(features[20:])
-    assert torch.equal(resumed.covariance, statistics(features[:20], features[20:]).covariance)
-
-
-def test_states_are_not_changed_by_what_comes_later():
-    part = statistics(normals(5, 2))
-    state, other = part.state_dict(), FeatureStatistics()
-    before = state["scatter"].copy()
-    other.merge(part)
-    other.update(normals(5, 2, seed=1))
-    part.update(normals(5, 2, seed=2))
-    assert (state["scatter"] == before).all()
 
 
 def test_half_precision_features_are_summed_in_double_precision():
@@ -525,8 +501,6 @@ def error(call):
         (lambda: statistics(normals(5, 3), normals(5, 4)), ["of 3 and of 4 numbers", "same extractor"]),
         (lambda: FeatureStatistics().covariance, ["at least 2", "there are 0"]),
         (lambda: statistics(normals(1, 3)).covariance, ["at least 2", "there are 1"]),
-        (lambda: FeatureStatistics().load_state_dict({"count": 3}), ["lack mean, scatter"]),
-        (lambda: gaussian(np.zeros(3), np.eye(2)), ["mean (3,)", "scatter (2, 2)"]),
         (
             lambda: frechet_distance(statistics(normals(9, 3)), statistics(normals(3, 3))),
             ["needs more than 3 images", "there are 3", "kernel_distance"],

@@ -16,7 +16,6 @@ from sampling import assert_near, relative_error
 import dfu_diffusers
 from dfu_diffusers import DFUPipeline
 from dfu_diffusers.evaluation.metrics import wrap_seam
-from dfu_diffusers.models import resampling, spectral
 from dfu_diffusers.models.dfu import DFUModel
 from dfu_diffusers.models.layers import DualConv2d
 from dfu_diffusers.models.resampling import resample
@@ -51,20 +50,6 @@ def test_compiled_layer(backend):
     x = draw(2, 3, 16, 16)
     for periodic in ((False, False), (True, False)):
         assert_near(compiled(x, (9, 20), periodic), layer(x, (9, 20), periodic))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 6), (4, 7), (13, 10), (33, 57)])
-def test_boundaries_of_symbolic_sizes(make_model, monkeypatch, size):
-    """What an exported graph computes, run as it is: see the same test of the defaults in test_interoperability.py."""
-    modes = ((4, 3), 2, (3, 2))
-    model = make_model(fourier_modes=modes, spectral_boundary=("mirror", "periodic"), tileable="x")
-    x = draw(2, 3, *size)
-    expected = model(x, 0.1).sample
-    for module in (resampling, spectral):
-        monkeypatch.setattr(module, "_is_symbolic", lambda *sizes: True)
-    _cached_fourier_matrices.clear()
-    assert_near(model(x, 0.1).sample, expected)
-    _cached_fourier_matrices.clear()
 
 
 @pytest.mark.slow

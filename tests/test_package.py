@@ -139,12 +139,13 @@ def test_paths_and_links_in_documents_exist(document):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_python_in_the_readme_runs(tmp_path, monkeypatch):
+def test_python_in_the_readme_runs(tmp_path, monkeypatch, two_steps):
     """The five-line use and what goes on from it, on the shipped checkpoint."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
+    two_steps()
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)

@@ -276,6 +276,7 @@ def test_half_precision_keeps_float32_latents(make, dtype, tolerance):
         result = sample(pipe, callback_on_step_end=lambda p, i, t, kwargs: latents.append(kwargs["latents"].dtype))
     assert set(seen) == {dtype} and set(latents) == {torch.float32}
     assert result.dtype == torch.float32 and 0 < relative_error(result, reference) < tolerance
+    sample(pipe, num_inference_steps=1, octave_steps=1, output_type="pil")
 
 
 def test_model_offload(make, monkeypatch):

@@ -4,9 +4,6 @@ import inspect
 import json
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +21,7 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import GaussianDenoiser, assert_near, pipe_calls, relative_error, sample, seeded, silent, spy
+from sampling import GaussianDenoiser, assert_near, relative_error, sample, seeded, silent, spy
 
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 from dfu_diffusers.pipelines.noise import nested_noise
@@ -163,25 +160,6 @@ def test_progress_bar_is_filled(make_model, capsys):
     assert "5/5" in capsys.readouterr().err
 
 
-def test_callback_replaces_latents(pipe):
-    def zero_at(step):
-        return lambda pipe, i, t, kwargs: {"latents": torch.zeros_like(kwargs["latents"])} if i == step else None
-
-    assert sample(pipe, callback_on_step_end=zero_at(pipe_calls(3) - 1)).abs().sum() == 0
-    changed = sample(pipe, callback_on_step_end=zero_at(1))
-    assert changed.abs().sum() > 0 and not torch.allclose(changed, sample(pipe))
-
-
-def test_callback_may_ask_for_nothing_and_return_nothing(pipe):
-    seen = []
-    result = sample(
-        pipe,
-        callback_on_step_end=lambda pipe, i, t, kwargs: seen.append(kwargs),
-        callback_on_step_end_tensor_inputs=[],
-    )
-    assert seen == [{}] * 5 and torch.equal(result, sample(pipe))
-
-
 def test_official_callback_classes(pipe):
     class Zero(PipelineCallback):
         tensor_inputs = ["latents"]
@@ -269,11 +247,6 @@ def test_wrong_class_labels(make_pipe, labels, error, match):
         sample(make_pipe(num_class_embeds=3), batch_size=2, class_labels=labels)
 
 
-def test_class_labels_for_an_unconditional_model(pipe):
-    with pytest.raises(ValueError, match="unconditional, but got `class_labels` 0: leave them out"):
-        sample(pipe, class_labels=0)
-
-
 # --- Bad input ---
 
 
@@ -301,11 +274,9 @@ def test_wrong_counts(small_pipe, name, value, error):
         small_pipe(**{"num_inference_steps": 1, name: value})
 
 
-@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
-@pytest.mark.parametrize("steps, error", [(0, ValueError), (1.5, TypeError)])
-def test_wrong_steps_are_refused_before_any_scheduler_sees_them(make_pipe, scheduler_class, steps, error):
-    with pytest.raises(error, match="`num_inference_steps` must be an integer of at least 1, but got"):
-        sample(make_pipe(scheduler_class()), steps)
+def test_wrong_steps_are_refused_before_any_scheduler_sees_them(make_pipe):
+    with pytest.raises(ValueError, match="`num_inference_steps` must be an integer of at least 1, but got 0"):
+        sample(make_pipe(EDMEulerScheduler()), 0)
 
 
 NOISE = torch.zeros(1, 3, 16, 16)
@@ -356,8 +327,7 @@ def test_from_config_keeps_what_the_user_set(make_pipe):
 @pytest.mark.parametrize("scheduler_class, steps", [(SCHEDULERS[0], 60), (SCHEDULERS[1], 400), (SCHEDULERS[2], 40)])
 def test_exact_denoiser_gives_gaussian_images(scheduler_class, steps, size):
     """The probability flow carries noise z to mean + std z (but for 1/80 of the mean): the whole chain is checked."""
-    pipe = DFUPipeline(GaussianDenoiser(), scheduler_class())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(GaussianDenoiser(), scheduler_class()))
     batch = 2000 // math.prod(size) + 1
     kwargs = dict(batch_size=batch, height=size[0], width=size[1])
     noise = nested_noise((batch, 2, *size), seeded(0))
@@ -367,8 +337,7 @@ def test_exact_denoiser_gives_gaussian_images(scheduler_class, steps, size):
 
 
 def test_exact_denoiser_with_churn_keeps_the_distribution():
-    pipe = DFUPipeline(GaussianDenoiser(), EDMHeunScheduler(s_churn=40))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(GaussianDenoiser(), EDMHeunScheduler(s_churn=40)))
     result = sample(pipe, 100, batch_size=8, height=23, width=40)
     assert abs(result.mean() - 0.3) < 0.01 and abs(result.std() - 0.2) < 0.01
 
@@ -379,8 +348,7 @@ def test_a_stock_unet(make_pipe):
         sample_size=8, block_out_channels=(32, 32), layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     ).eval()  # fmt: skip
-    pipe = DFUPipeline(unet, EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(unet, EDMHeunScheduler()))
     timesteps = []
     with spy(unet, lambda x, t, *_: timesteps.append(t)):
         result = sample(pipe, height=8, width=12)
@@ -392,29 +360,13 @@ def test_a_model_without_sample_size_needs_both_sides():
     unet = UNet2DModel(
         block_out_channels=(32,), layers_per_block=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
-    pipe = DFUPipeline(unet, EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(unet, EDMHeunScheduler()))
     assert sample(pipe, 1, height=2, width=3).shape == (1, 3, 2, 3)
     with pytest.raises(TypeError, match="`width` must be an integer of at least 1, but got None"):
         sample(pipe, 1, height=2)
 
 
 # --- Dtypes and devices ---
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_half_precision_on_the_cpu(make_pipe, dtype, tolerance):
-    reference = sample(make_pipe(), height=12, width=9)
-    pipe = make_pipe().to(dtype)
-    inputs, latents = [], []
-    with spy(pipe.unet, lambda x, *_: inputs.append(x.dtype)):
-        result = sample(
-            pipe, height=12, width=9, callback_on_step_end=lambda p, i, t, kwargs: latents.append(kwargs["latents"])
-        )
-    assert set(inputs) == {dtype} and {x.dtype for x in latents} == {torch.float32}
-    assert 0 < relative_error(result, reference) < tolerance
-    for output_type in ("pil", "np", "pt"):
-        sample(pipe, 1, output_type=output_type)
 
 
 def test_half_precision_latents_are_welcome(pipe):
@@ -438,16 +390,6 @@ def test_components_and_offload_attributes(pipe):
     assert pipe._callback_tensor_inputs == ["latents"]
 
 
-@pytest.mark.parametrize(
-    "level", [dict(offload_type="leaf_level"), dict(offload_type="block_level", num_blocks_per_group=1)]
-)
-def test_group_offload(make_pipe, level):
-    expected = sample(make_pipe())
-    pipe = make_pipe()
-    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **level)
-    assert_near(sample(pipe), expected)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("way", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
@@ -466,25 +408,10 @@ def test_on_an_accelerator(make_pipe, way):
 
 @pytest.fixture(scope="module")
 def saved(make_pipe, tmp_path_factory):
-    """The folder of a saved pipeline, its sample when loaded, and the pipeline that was saved."""
+    """The folder of a saved pipeline, and its sample when loaded."""
     folder = tmp_path_factory.mktemp("saved")
-    pipe = make_pipe(sample_size=(6, 9))
-    pipe.save_pretrained(folder)
-    loaded = DFUPipeline.from_pretrained(folder)
-    loaded.set_progress_bar_config(disable=True)
-    return folder, sample(loaded), pipe
-
-
-@pytest.mark.parametrize("pipeline_class", [DiffusionPipeline, DFUPipeline])
-def test_save_and_load_bit_for_bit(saved, pipeline_class):
-    folder, loaded_sample, original = saved
-    pipe = pipeline_class.from_pretrained(folder)
-    assert type(pipe) is DFUPipeline and type(pipe.unet) is DFUModel and type(pipe.scheduler) is EDMHeunScheduler
-    pipe.set_progress_bar_config(disable=True)
-    assert torch.equal(sample(pipe), loaded_sample)
-    weights, expected = pipe.unet.state_dict(), original.unet.state_dict()
-    assert list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert torch.equal(sample(pipe), sample(original))
+    make_pipe(sample_size=(6, 9)).save_pretrained(folder)
+    return folder, sample(silent(DFUPipeline.from_pretrained(folder)))
 
 
 def test_saved_folder(saved):
@@ -501,26 +428,6 @@ def test_saved_folder(saved):
     assert index["scheduler"] == ["dfu_diffusers", "EDMHeunScheduler"]
 
 
-def test_a_fresh_process_needs_only_the_import(saved, tmp_path):
-    folder, expected, _ = saved
-    code = f"""
-import torch, dfu_diffusers
-from diffusers import AutoModel, DiffusionPipeline
-unet = AutoModel.from_pretrained({str(folder)!r}, subfolder="unet")
-pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
-assert type(unet) is dfu_diffusers.DFUModel and type(pipe) is dfu_diffusers.DFUPipeline
-assert type(dfu_diffusers.DFUPipeline.from_pretrained({str(folder)!r})) is dfu_diffusers.DFUPipeline
-pipe = dfu_diffusers.DFUPipeline(unet, pipe.scheduler)
-generator = torch.Generator().manual_seed(0)
-torch.save(pipe(num_inference_steps=3, generator=generator, output_type="latent").images, {str(tmp_path / "x.pt")!r})
-"""
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert "Expected types" not in run.stderr
-    assert_near(torch.load(tmp_path / "x.pt"), expected)  # the other process chooses its threads
-
-
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS[1:])
 def test_swap_the_scheduler_while_loading_and_save_again(saved, tmp_path, scheduler_class):
     pipe = DFUPipeline.from_pretrained(saved[0], scheduler=scheduler_class())
@@ -532,8 +439,7 @@ def test_swap_the_scheduler_while_loading_and_save_again(saved, tmp_path, schedu
         "diffusers",
         scheduler_class.__name__,
     ]
-    again = DiffusionPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
+    again = silent(DiffusionPipeline.from_pretrained(tmp_path))
     assert torch.equal(sample(again), expected)
 
 
@@ -549,21 +455,16 @@ def test_load_in_half_precision(saved):
 def test_variants(saved, tmp_path):
     DFUPipeline.from_pretrained(saved[0]).save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    pipe = DFUPipeline.from_pretrained(tmp_path, variant="fp16")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline.from_pretrained(tmp_path, variant="fp16"))
     assert torch.equal(sample(pipe), saved[1])
     with pytest.raises(ValueError, match="variant=fp16"):
         DFUPipeline.from_pretrained(saved[0], variant="fp16")
 
 
-def test_pipelines_share_components(pipe):
+def test_components_come_from_a_stock_pipeline(pipe):
     expected = sample(pipe)
-    twin = DFUPipeline(**pipe.components)
-    other = DFUPipeline.from_pipe(pipe)
-    stock = DFUPipeline.from_pipe(DDPMPipeline(pipe.unet, DDPMScheduler()), scheduler=pipe.scheduler)
-    for each in (twin, other, stock):
-        each.set_progress_bar_config(disable=True)
-        assert each.unet is pipe.unet and torch.equal(sample(each), expected)
+    stock = silent(DFUPipeline.from_pipe(DDPMPipeline(pipe.unet, DDPMScheduler()), scheduler=pipe.scheduler))
+    assert stock.unet is pipe.unet and torch.equal(sample(stock), expected)
 
 
 def test_tileable(make_pipe):

@@ -13,7 +13,7 @@ Beside them `kernel_distance` for small sets, `precision_recall` for what the tw
 any network, `radial_spectrum`, `sliced_wasserstein`, `repetition_score`, `agreement` and `wrap_seam`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,18 +28,18 @@ _CHUNK = 2**22  # numbers in a temporary array: 32 MiB in float64
 
 
 class FeatureStatistics:
-    """Number, mean and covariance of feature vectors, in float64, from any batches in any number of processes.
+    """Number, mean and covariance of feature vectors, in float64, from any batches.
 
-    Each part keeps its mean and the sum of outer products around it; merging is exact (Chan, Golub and LeVeque 1979,
+    Keeps the mean and the sum of outer products around it; adding a batch is exact (Chan, Golub and LeVeque 1979,
     "Updating formulae and a pairwise algorithm for computing sample variances", equation 2.1), so no digits cancel
     as they do in sums of squares. Takes d^2 numbers: 32 MiB for the 2048 features of InceptionV3.
 
-    >>> whole, part = FeatureStatistics(), FeatureStatistics()
+    >>> whole, parts = FeatureStatistics(), FeatureStatistics()
     >>> features = torch.randn(100, 3)
     >>> whole.update(features)
-    >>> part.update(features[:40])
-    >>> part.update(features[40:])
-    >>> part.count, torch.allclose(part.covariance, whole.covariance)
+    >>> parts.update(features[:40])
+    >>> parts.update(features[40:])
+    >>> parts.count, torch.allclose(parts.covariance, whole.covariance)
     (100, True)
     """
 
@@ -55,26 +55,14 @@ class FeatureStatistics:
             ValueError: no features, not a matrix, another d than before, infinite ones or NaN.
         """
         features = _features("features", features)
-        mean = features.mean(0)
-        self._merge(len(features), mean, (features - mean).T @ (features - mean))
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Take in all that `other` has seen, for example in another process; it may be nothing.
-
-        Raises:
-            ValueError: features of another d.
-        """
-        if other.count:
-            self._merge(other.count, other.mean, other._scatter)
-
-    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        count, mean = len(features), features.mean(0)
+        scatter = (features - mean).T @ (features - mean)
         if not self.count:
-            self.count, self.mean, self._scatter = count, mean, scatter
-            return
+            self.mean, self._scatter = torch.zeros_like(mean), torch.zeros_like(scatter)
         _check_dimensions(self.mean, mean)
         total, difference = self.count + count, mean - self.mean
-        self._scatter = self._scatter + scatter + torch.outer(difference, difference) * (self.count * count / total)
-        self.mean = self.mean + difference * (count / total)
+        self._scatter += scatter + torch.outer(difference, difference) * (self.count * count / total)
+        self.mean += difference * (count / total)
         self.count = total
 
     @property
@@ -87,28 +75,6 @@ class FeatureStatistics:
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 feature vectors, but there are {self.count}: add images.")
         return self._scatter / (self.count - 1)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Arrays for `numpy.savez`: count (), mean (d,), scatter (d, d)."""
-        return {"count": np.array(self.count), "mean": self.mean.numpy(), "scatter": self._scatter.numpy()}
-
-    def load_state_dict(self, state_dict: Mapping[str, np.ndarray]) -> None:
-        """Replace what was seen by a `state_dict`, for example an open npz file.
-
-        Raises:
-            ValueError: arrays that are missing or do not fit together.
-        """
-        missing = {"count", "mean", "scatter"} - set(state_dict)
-        if missing:
-            raise ValueError(f"The statistics lack {', '.join(sorted(missing))}: make them anew with `state_dict`.")
-        count, mean, scatter = (np.asarray(state_dict[name]) for name in ("count", "mean", "scatter"))
-        if count.ndim or mean.ndim != 1 or scatter.shape != 2 * mean.shape:
-            raise ValueError(
-                f"The statistics do not fit together: count of shape {count.shape}, mean {mean.shape}, scatter "
-                f"{scatter.shape} instead of (), (d,), (d, d). Make them anew with `state_dict`."
-            )
-        self.count = int(count)
-        self.mean, self._scatter = (torch.tensor(array, dtype=torch.float64) for array in (mean, scatter))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
