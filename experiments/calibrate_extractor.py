@@ -17,6 +17,8 @@ from PIL import Image
 
 from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.metrics import kernel_distance
+from dfu_diffusers.evaluation.sources import to_floats
+from dfu_diffusers.evaluation.tables import markdown
 
 SIDE = 256
 
@@ -54,15 +56,14 @@ def main(argv=None) -> None:
         "through 32 px": through(second, 32),
         "landscapes, 256 px crops": landscapes,
     }
-    print(f"{extractor.name}, {args.count} against {args.count} pictures\n\n| pictures | FD | KID |\n|---|---|---|")
-    for name, pictures in rows.items():
-        report(name, reference, features(pictures))
-    report("held-out against training emoji", features(train), features(held_out))
+    table = [compare(name, reference, features(pictures)) for name, pictures in rows.items()]
+    table.append(compare("held-out against training emoji", features(train), features(held_out)))
+    print(f"{extractor.name}, {args.count} against {args.count} pictures\n\n{markdown(table)}")
 
 
-def report(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+def compare(name: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, str]:
     distance, low, high = kernel_distance(x, y)
-    print(f"| {name} | {frechet(x, y):.1f} | {distance:.4f} ({low:.4f} to {high:.4f}) |", flush=True)
+    return {"pictures": name, "FD": f"{frechet(x, y):.1f}", "KID": f"{distance:.4f} ({low:.4f} to {high:.4f})"}
 
 
 def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -74,10 +75,6 @@ def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
     a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
     root = torch.linalg.svdvals(a @ b.T).sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * root).item()
-
-
-def to_floats(pictures: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def through(pictures: np.ndarray, side: int) -> np.ndarray:

@@ -21,7 +21,6 @@ Sampling at the largest training size and enlarging is a row beside each. --budg
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from PIL import Image
 
 from dfu_diffusers import DFUModel, DFUPipeline
 from dfu_diffusers.evaluation.sheets import contact_sheet
-from dfu_diffusers.evaluation.tables import markdown
+from dfu_diffusers.evaluation.tables import markdown, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x"}
@@ -362,12 +361,8 @@ def verdict(found: list[tuple[int, list[float], list[float]]]) -> str:
 def report(output: Path, budget: Budget, results: Path) -> None:
     found = read_results(output)
     rows, facts = rows_of(found), found[0]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     results.mkdir(parents=True, exist_ok=True)
-    with open(results / "experiment.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(results / "experiment.csv", rows)
     plot(rows, results / "experiment_curves.png", budget.largest)
     picture(load(output / "dual-0"), load(output / "spatial-0")).save(results / "experiment_samples.png")
     steps = facts["options"]["num_inference_steps"]

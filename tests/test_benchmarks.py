@@ -31,12 +31,15 @@ from textbook import RfftSpectralConv2d
 # --- Speed and memory ---
 
 
+def small_unet(**config):
+    layers = dict(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    return DFUModel(**layers, **config)
+
+
 def save_octaves(folder):
     """A pipeline that draws on a grid of 8 x 8 px, and refines it."""
     torch.manual_seed(0)
-    unet = DFUModel(
-        sample_size=8, block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=()
-    )
+    unet = small_unet(sample_size=8)
     refiner = DFURefiner(hidden_channels=8, num_layers=1, coarse_size=8, sample_size=16)
     DFUPipeline(unet, EDMHeunScheduler(), refiner=refiner).save_pretrained(folder)
 
@@ -152,7 +155,7 @@ def test_a_model_with_textbook_layers_is_measured_in_all_precisions(known_peak):
     with pytest.raises(SystemExit):
         bench_model.main(["--config", "ffhq-96-compact", "--rfft2"])
 
-    model = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
+    model = small_unet()
     layers = [layer for layer in model.modules() if isinstance(layer, SpectralConv2d)]
     bench_model.with_textbook_layers(model)
     swapped = [layer for layer in model.modules() if isinstance(layer, bench_model.TextbookLayer)]
@@ -194,8 +197,7 @@ def test_pipelines_are_compiled_as_their_variant_says(tmp_path, monkeypatch):
 
 
 def test_a_large_image_is_measured_in_a_process_of_its_own(tmp_path, capsys):
-    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
-    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    DFUPipeline(small_unet(), EDMHeunScheduler()).save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--sizes", "120", "--num_inference_steps", "2"]
     ballast = np.ones(2**27)  # a GiB here, which is none of the child's
     (row,) = large_images.main([*options, "--output", str(tmp_path / "large")])
@@ -227,8 +229,7 @@ def test_precisions_are_compared(tmp_path, monkeypatch, capsys):
 
 
 def test_the_heldout_loss_of_an_untrained_model_is_about_one(tmp_path, capsys):
-    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
-    pipe = DFUPipeline(unet, EDMHeunScheduler())
+    pipe = DFUPipeline(small_unet(), EDMHeunScheduler())
     pipe.save_pretrained(tmp_path)
     heldout_loss.main(["--model", str(tmp_path), "--sizes", "8", "12x10", "--count", "32"])
     assert "| 12x10 | 0." in capsys.readouterr().out
@@ -310,8 +311,7 @@ def test_power_by_octave():
 
 def test_octaves_need_a_refiner(tmp_path, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
-    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
-    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    DFUPipeline(small_unet(), EDMHeunScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit):
         octaves.main(["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
     assert "has no refiner: name a pipeline that has one" in capsys.readouterr().err
@@ -321,8 +321,7 @@ def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
     images, holes = np.zeros((1, 4, 6, 3), np.uint8), np.zeros((1, 4, 6), bool)
     images[..., 3:, :], holes[..., 3:] = 30, True
     assert inpaint.edge_jump(images, holes) == 30 and inpaint.edge_jump(0 * images, holes) == 0
-    unet = DFUModel(block_out_channels=(4, 8), layers_per_block=1, fourier_modes=(2, None), attention_levels=())
-    DFUPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    DFUPipeline(small_unet(), EDMHeunScheduler()).save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--size", "16", "--count", "3", "--steps", "2", "--churn", "0", "5"]
     jumps = inpaint.main([*options, "--output", str(tmp_path / "sheet")])
     ways = [f"{how}, s_churn {churn}" for how in ("replaced", "seamless") for churn in (0, 5)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw
-from diffusers import ConfigMixin, DiffusionPipeline, EDMEulerScheduler, ModelMixin
+from diffusers import ConfigMixin, EDMEulerScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from sampling import GaussianDenoiser, assert_near, relative_error, sample, seeded, silent, spy
@@ -365,19 +365,6 @@ def test_inpainting_everything_is_generation(make_octaves):
 
 
 # --- Components ---
-
-
-def test_a_refiner_joins_a_saved_pipeline(make_pipe, make_refiner, tmp_path):
-    make_pipe(sample_size=8).save_pretrained(tmp_path / "old")
-    refiner = make_refiner()
-    for loader in (DFUPipeline, DiffusionPipeline):
-        pipe = silent(loader.from_pretrained(tmp_path / "old", refiner=refiner))
-        assert type(pipe) is DFUPipeline and pipe.refiner is refiner
-    expected = draw_at(pipe, (12, 20))
-    pipe.save_pretrained(tmp_path / "new")
-    assert torch.equal(draw_at(silent(DFUPipeline.from_pretrained(tmp_path / "new")), (12, 20)), expected)
-    without = silent(DFUPipeline.from_pretrained(tmp_path / "new", refiner=None))
-    assert without.refiner is None and draw_at(without, (12, 20)).shape == (1, 3, 12, 20)
 
 
 def test_the_default_size_is_that_of_the_refiner(make_octaves):

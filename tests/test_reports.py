@@ -73,9 +73,9 @@ def test_a_sheet_holds_the_samples_of_its_seeds(make_model):
     pipe.set_progress_bar_config(disable=True)
     sheet = sample_sheet(pipe, [(8, 8), (4, 8)], seed=5, count=3, cell=16)
     assert sheet.size == (56 + 3 * (32 + 2), 2 * (16 + 2))
-    generator = torch.Generator().manual_seed(6)
-    options = dict(num_inference_steps=reports.STEPS, class_labels=1, generator=generator)
-    second = pipe(height=4, width=8, **options).images[0]
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    options = dict(num_inference_steps=reports.STEPS, class_labels=[0, 1, 0], generator=generators)
+    second = pipe(batch_size=3, height=4, width=8, **options).images[1]
     shown = sheet.crop((56 + 34, 18, 56 + 34 + 32, 34))
     assert np.array_equal(np.array(shown), np.array(second.resize((32, 16), Image.Resampling.NEAREST)))
 

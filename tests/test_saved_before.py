@@ -12,7 +12,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from sampling import sample, silent
 
 import dfu_diffusers
-from dfu_diffusers import DFUModel, EDMHeunScheduler
+from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.hub import files_to_push
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "saved_by_0.1.0.tar.xz"
@@ -49,20 +49,24 @@ def test_with_this_package(saved, name):
     pipe = getattr(dfu_diffusers, CLASSES[name]).from_pretrained(saved / name)
     assert (type(pipe.unet), type(pipe.scheduler)) == (DFUModel, EDMHeunScheduler)
     assert pipe.scheduler.config.sigma_max == 20.0
-    assert_same_image(draw(dfu_diffusers.DFUPipeline.from_pipe(pipe)), saved)
+    assert_same_image(draw(DFUPipeline.from_pipe(pipe)), saved)
     assert type(DFUModel.from_pretrained(saved / name, subfolder="unet")) is DFUModel
 
 
 def test_a_refiner_joins_a_saved_pipeline(saved, make_refiner, tmp_path):
-    pipe = silent(dfu_diffusers.DFUPipeline.from_pretrained(saved / "plain", refiner=make_refiner(coarse_size=1)))
-    image = sample(pipe, height=24, width=31, octave_steps=2)
+    refiner, size = make_refiner(coarse_size=1), dict(height=24, width=31)
+    for loader in (DFUPipeline, DiffusionPipeline):
+        pipe = silent(loader.from_pretrained(saved / "plain", refiner=refiner))
+        assert type(pipe) is DFUPipeline and pipe.refiner is refiner
     pipe.save_pretrained(tmp_path)
     again = silent(DiffusionPipeline.from_pretrained(tmp_path))
-    assert torch.equal(sample(again, height=24, width=31, octave_steps=2), image)
+    assert torch.equal(sample(again, octave_steps=2, **size), sample(pipe, octave_steps=2, **size))
+    without = silent(DFUPipeline.from_pretrained(tmp_path, refiner=None))
+    assert without.refiner is None and sample(without, **size).shape == (1, 3, 24, 31)
 
 
 def test_plain_ones_with_diffusers_own_loaders(saved):
-    assert type(DiffusionPipeline.from_pretrained(saved / "plain")) is dfu_diffusers.DFUPipeline
+    assert type(DiffusionPipeline.from_pretrained(saved / "plain")) is DFUPipeline
     assert type(AutoModel.from_pretrained(str(saved / "plain"), subfolder="unet")) is DFUModel
 
 
@@ -95,4 +99,4 @@ def test_self_contained_ones_without_this_package_and_a_round_trip(saved, tmp_pa
     assert_same_image(np.load(saved / "without.npy"), saved)
     for name in ("self_contained", "self_contained_inpaint", "self_contained_super_resolution"):
         again = getattr(dfu_diffusers, CLASSES[name]).from_pretrained(saved / "again" / name)
-        assert_same_image(draw(dfu_diffusers.DFUPipeline.from_pipe(again)), saved)
+        assert_same_image(draw(DFUPipeline.from_pipe(again)), saved)

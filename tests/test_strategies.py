@@ -11,7 +11,7 @@ from diffusers import (
     UNet2DModel,
 )
 from reference.spectral import band_limited, coefficient
-from sampling import GaussianDenoiser, assert_near, pipe_calls, relative_error, sample, seeded, spy
+from sampling import GaussianDenoiser, assert_near, pipe_calls, relative_error, sample, seeded, silent, spy
 
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from dfu_diffusers.pipelines.noise import fourier_basis, fourier_resample, growing_sizes, nested_noise, resize_bicubic
@@ -99,9 +99,7 @@ def test_one_seed_is_one_picture_at_all_sizes(s_churn):
 
 
 def gaussian_pipe(scheduler):
-    pipe = DFUPipeline(GaussianDenoiser(), scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return silent(DFUPipeline(GaussianDenoiser(), scheduler))
 
 
 # --- Strategies ---
@@ -265,8 +263,7 @@ def test_autoguidance_leads_away_from_the_guide(make_pipe, make_model):
     pipe, guide = make_pipe(EDMEulerScheduler()), make_model(block_out_channels=(8, 8, 8))
     kwargs = dict(steps=1, height=5, width=6)
     strong, weak = sample(pipe, **kwargs), sample(DFUPipeline(guide, EDMEulerScheduler()), **kwargs)
-    pipe = DFUPipeline(pipe.unet, pipe.scheduler, guide)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(pipe.unet, pipe.scheduler, guide))
     assert_near(sample(pipe, **kwargs), strong)  # a scale of 1 does not ask the guide
     torch.testing.assert_close(sample(pipe, guidance_scale=2.0, **kwargs), 2 * strong - weak, atol=1e-3, rtol=1e-4)
 
@@ -288,14 +285,12 @@ def test_a_guide_of_other_images_or_classes(make_model, own, weak):
 
 
 def test_a_guide_is_saved_loaded_and_shared(make_pipe, make_model, tmp_path):
-    pipe = DFUPipeline(make_model(), EDMHeunScheduler(), make_model(block_out_channels=(8, 8, 8)))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = silent(DFUPipeline(make_model(), EDMHeunScheduler(), make_model(block_out_channels=(8, 8, 8))))
     expected = sample(pipe, guidance_scale=2.0)
     pipe.save_pretrained(tmp_path / "guided")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "guided")
     for each in (loaded, DFUPipeline.from_pipe(pipe)):
-        each.set_progress_bar_config(disable=True)
-        assert type(each.guide) is DFUModel and torch.equal(sample(each, guidance_scale=2.0), expected)
+        assert type(each.guide) is DFUModel and torch.equal(sample(silent(each), guidance_scale=2.0), expected)
     plain = DFUPipeline.from_pretrained(tmp_path / "guided", guide=None)
     assert plain.guide is None
     plain.save_pretrained(tmp_path / "plain")

@@ -5,6 +5,7 @@ import argparse
 import csv
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,14 @@ def _cell(value) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A file of rows, which may lack some of the columns."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def report(rows: list[dict], title: str, command: str, args) -> None:
     """Print the table and, with --output, write it as CSV, with the setting in each row, and as Markdown."""
     where = setting(args.device)
@@ -51,7 +60,4 @@ def report(rows: list[dict], title: str, command: str, args) -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.with_suffix(".md").write_text(text + markdown(rows), encoding="utf-8")
-        with open(args.output.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, **where} for row in rows)
+        write_csv(args.output.with_suffix(".csv"), [{**row, **where} for row in rows])
