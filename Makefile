@@ -43,13 +43,11 @@ docs: $(VENV)/installed-docs  ## Build guides and API reference: outputs/site/in
 test: $(PASSED)  ## Run the tests, except the slow ones. FORCE_TESTS=1 runs them even if nothing changed.
 	@echo "Tests passed for the files as they are."
 
-# What it leaves out is other packages' doing: diffusers 0.40 offloads groups only where there is an accelerator, and
-# transformers 5.0 imports scikit-learn, and with it pandas, as soon as it is imported.
+# What it leaves out is another package's doing: diffusers 0.40 offloads groups only where there is an accelerator.
 test-oldest:  ## Run the tests with the oldest releases that setup.py admits: constraints-oldest.txt.
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ALSO=transformers .venv-oldest/installed-test
 	.venv-oldest/bin/python -m pytest --deselect tests/test_modeling_dfu.py::test_offloading \
-		--deselect tests/test_interoperability.py::test_group_offload_of_a_pipeline \
-		--deselect tests/test_package.py::test_importing_the_package_brings_in_no_training_code
+		--deselect tests/test_interoperability.py::test_group_offload_of_a_pipeline
 
 test-slow: $(VENV)/installed-test  ## Run the slow tests alone.
 	$(PY) -m pytest -m slow

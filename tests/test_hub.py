@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import redraw
-from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import ModelCard, constants
 from sampling import silent
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, DFURefiner, EDMHeunScheduler
@@ -836,19 +835,3 @@ def test_licences_that_the_hub_does_not_know_by_that_name(folder, license):
 def test_unknown_facts_are_refused(folder):
     with pytest.raises(TypeError, match="no place for trian_sizes: it knows .*train_sizes"):
         model_card(TEMPLATE, folder, REPO, trian_sizes=["16"])
-
-
-# --- The stand-in itself ---
-
-
-def test_old_revisions_stay_and_private_ones_are_hidden(hub, folder):
-    push_folder(folder, check_push(REPO, private=True))
-    (folder / "samples.png").write_text("better samples")
-    push_folder(folder, REPO)
-    api = HfApi()
-    _, first, second = (sha for sha, _, _ in hub.repos[REPO].commits)
-    assert api.repo_info(REPO).sha == second and api.repo_info(REPO, revision=first).sha == first
-    path = api.hf_hub_download(REPO, "samples.png", revision=first, cache_dir=folder.parent / "cache")
-    assert Path(path).read_text() == "content of samples.png"
-    with pytest.raises(RepositoryNotFoundError):
-        HfApi(token=False).repo_info(REPO)

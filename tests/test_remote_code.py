@@ -67,13 +67,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_fresh_process_with_the_package(hub, folder, pipe, tmp_path):
+    """Which brings in no training code."""
     push_folder(folder, check_push("me/plain"))
     push_folder(folder, check_push("me/alone"), self_contained=True)
     code = f"""
-import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
 from diffusers import AutoModel, DiffusionPipeline
-assert "dfu_diffusers.hub" not in sys.modules
+wings = {{f"dfu_diffusers.{{wing}}" for wing in ("data", "training", "evaluation", "hub")}}
+assert not sys.modules.keys() & {{"datasets", "matplotlib", *wings}}
 pipes = [DFUPipeline.from_pretrained("me/plain"), DiffusionPipeline.from_pretrained("me/plain"),
          DFUPipeline.from_pretrained("me/alone")]
 models = [AutoModel.from_pretrained("me/plain", subfolder="unet"),
