@@ -168,21 +168,12 @@ def test_lora_in_a_pipeline(pipe, lora, tmp_path):
     assert not hasattr(pipe, "load_lora_weights")
 
 
-def test_limits_of_lora_are_told(make_model, lora, tmp_path):
+def test_limits_of_lora_are_told(make_model, lora):
     with pytest.raises(ValueError, match="SpectralConv2d.* is not supported"):
         make_model().add_adapter(lora(["spectral"]))
     for option in (dict(lora_dropout=0.1), dict(use_dora=True)):
         with pytest.raises(ValueError, match="does not work with"):
             make_model().add_adapter(lora([], SPECTRAL, **option))
-
-    model = make_model()
-    model.add_adapter(lora(*EVERYTHING))
-    model.save_lora_adapter(tmp_path)
-    other, x = make_model(block_out_channels=(8, 12, 12)), draw(1, 3, 8, 8)
-    before = other(x, 0.1).sample
-    with pytest.raises(ValueError, match="another configuration"):
-        other.load_lora_adapter(tmp_path)
-    assert not hasattr(other, "peft_config") and torch.equal(other(x, 0.1).sample, before)
 
 
 @pytest.mark.parametrize("modules, parameters", [EVERYTHING, (ATTENTION, [])], ids=["everything", "attention"])
@@ -468,13 +459,10 @@ def test_device_map_of_a_model(make_model, tmp_path, device_map):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without an accelerator")
 def test_cpu_offload_without_an_accelerator(pipe):
-    """Nothing to save memory on: diffusers says so, and `device="cpu"` is harmless."""
-    expected = generate(pipe)
+    """Nothing to save memory on, and diffusers says so."""
     for enable in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
         with pytest.raises(RuntimeError, match="requires accelerator"):
             enable()
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert_near(generate(pipe), expected)
 
 
 @pytest.mark.gpu

@@ -14,16 +14,6 @@ import dfu_diffusers
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dfu_diffusers"
-DOCUMENTS = [
-    "README.md",
-    "examples/README.md",
-    "examples/space/README.md",
-    "checkpoints/dfu-portraits/README.md",
-    "dfu_diffusers/assets/portrait-reader/README.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "model_card.md",
-]
 
 
 def imports(path: Path) -> set[str]:
@@ -116,16 +106,6 @@ def test_an_installed_wheel_is_whole(tmp_path):
         done = subprocess.run([sys.executable, *words], env=environment, cwd=away, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert "Publish a saved pipeline." in done.stdout
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_paths_and_links_in_documents_exist(document):
-    text = (ROOT / document).read_text()
-    folder = (ROOT / document).parent
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert all((folder / link).exists() for link in links), links
-    paths = re.findall(r"\b(?:examples|benchmarks|experiments|checkpoints|dfu_diffusers|tests)/[\w./-]+\.\w+", text)
-    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_python_in_the_readme_runs(tmp_path, monkeypatch, two_steps):

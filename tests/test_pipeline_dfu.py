@@ -145,15 +145,6 @@ def test_models_go_into_evaluation_mode_when_a_pipeline_gets_them(make_model):
 # --- Callbacks, counts and progress ---
 
 
-def test_eighteen_steps_by_default_are_thirty_five_calls(pipe, monkeypatch):
-    totals, calls = [], []
-    progress_bar = pipe.progress_bar
-    monkeypatch.setattr(pipe, "progress_bar", lambda total: totals.append(progress_bar(total=total)) or totals[-1])
-    with spy(pipe.unet, lambda *_: calls.append(1)):
-        pipe(height=2, width=2, generator=seeded(0), output_type="latent")
-    assert pipe.num_timesteps == len(calls) == totals[0].total == 35
-
-
 def test_progress_bar_is_filled(make_model, capsys):
     pipe = DFUPipeline(make_model(), EDMHeunScheduler())
     sample(pipe, 3, batch_size=2, max_batch_size=1, height=2, width=2)
