@@ -248,8 +248,8 @@ def check_script(words: list[str], parse) -> None:
 
 
 def check_training(options: list[str]) -> None:
-    """The script's own checks; and where there is something to train on, all that --dry_run looks at, at one size
-    unless a file says otherwise."""
+    """The script's own checks; and where there is something to train on, all that --dry_run looks at, with the tiny
+    model at one size unless a file says otherwise."""
     args = train_dfu.parse_args(options, train_dfu.CONFIGS)
     there = all(
         value is None or Path(value).exists() for value in (args.train_data_dir, args.dataset_name, args.init_from)
@@ -257,8 +257,8 @@ def check_training(options: list[str]) -> None:
     if there:
         if not args.resume_from_checkpoint:  # the fixture's run lies where that of the reader will
             options = [*options, "--output_dir", "outputs/new"]
-        size = [] if "--config" in options else ["--resolutions", "16"]
-        train(*options, *size, "--dry_run", "--report_to", "none", "--num_workers", "0")
+        quick = [] if {"--config", "--init_from"} & set(options) else [*TINY[:2], "--resolutions", "16"]
+        train(*options, *quick, "--dry_run", "--report_to", "none", "--num_workers", "0")
 
 
 # --- The notebook ---
