@@ -354,8 +354,9 @@ def test_networks_of_the_experiment():
         assert set(experiment.FAR_RUNS) <= set(experiment.runs(budget))
 
 
-def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypatch, capsys):
+def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypatch, capsys, two_steps):
     """With a stranger's extractor, and each script in this process."""
+    two_steps()
 
     def execute(words):
         AcceleratorState._reset_state(reset_partial_state=True)  # as if it had just started
