@@ -249,7 +249,15 @@ def test_enlarged_portraits_are_measured(tmp_path, capsys):
     save_octaves(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--side", "16", "--scales", "2", "--count", "3", "--samples", "2"]
     rows = super_resolution.main([*options, "--output", str(tmp_path / "table")])
-    names = ["bicubic", "Lanczos", "bicubic, projected", "sample", "sample, consistency=False", "one call", "mean of 2"]
+    names = [
+        "bicubic",
+        "Lanczos",
+        "bicubic, projected",
+        "sample",
+        "sample, consistency=False",
+        "one call",
+        "mean of 2",
+    ]
     assert [row["method"] for row in rows] == names and {row["size"] for row in rows} == {32}
     assert [row["consistency, 1/255"] <= 1 for row in rows] == [False, False, True, True, False, True, True]
     assert all(row["PSNR, dB"] > 12 and 0.3 < row["SSIM"] < 1 and row["Frechet"] is None for row in rows)
