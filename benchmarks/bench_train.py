@@ -55,7 +55,9 @@ def step_seconds(run, size: int) -> list[tuple[float, float]]:
         run.optimizer.zero_grad(set_to_none=True)
 
     def script(done):
-        run.step(done, stop)
+        loss, grad_norm, _ = run.step(done - 1, batches)
+        run.averages.step()
+        run.reporter.log(done, (size, size), loss, grad_norm, run.args.learning_rate)
 
     def seconds(function, done):
         started = time.perf_counter()
@@ -64,9 +66,7 @@ def step_seconds(run, size: int) -> list[tuple[float, float]]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    with contextlib.redirect_stdout(io.StringIO()), train_dfu.StopSignal() as stop, contextlib.ExitStack() as stack:
-        stack.enter_context(run._output_folder())
-        run.begin(stack.enter_context(run._workers()))
+    with contextlib.redirect_stdout(io.StringIO()), run.open() as (batches, _):
         return [(seconds(bare, n), seconds(script, n)) for n in range(1, run.args.max_train_steps + 1)][2:]
 
 

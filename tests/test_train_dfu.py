@@ -25,11 +25,13 @@ from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionP
 from dfu_diffusers.data.portraits import PortraitDataset
 from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler
 from dfu_diffusers.training import losses as losses_module
+from dfu_diffusers.training import reporter
 from dfu_diffusers.training import setup as training_setup
 from dfu_diffusers.training.checkpoints import sole_user
 from dfu_diffusers.training.ema import reconstruct
 from dfu_diffusers.training.freezing import parameter_groups
 from dfu_diffusers.training.losses import fit_size
+from dfu_diffusers.training.reporter import Reporter
 from examples import train_dfu
 
 pytest_plugins = "hub_stand_in"
@@ -99,7 +101,7 @@ def assert_same(a, b):
 
 def test_a_run_leaves_a_pipeline_pictures_and_tables(tmp_path):
     train(
-        tmp_path, "--max_train_steps", "5", "--report_to", "tensorboard", "--report_images", "8", "--save_raw_weights",
+        tmp_path, "--max_train_steps", "5", "--report_to", "tensorboard", "--report_images", "8",
         "--power_ema", "0.05", "0.1",
     )  # fmt: skip
     pipe = DFUPipeline.from_pretrained(tmp_path)
@@ -107,8 +109,7 @@ def test_a_run_leaves_a_pipeline_pictures_and_tables(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert pipe(num_inference_steps=1, height=5).images[0].size == (12, 5)
 
-    raw = DFUPipeline.from_pretrained(tmp_path, variant="raw").unet.state_dict()
-    assert_same(dict(raw), load_file(tmp_path / "checkpoint-5" / "model.safetensors"))
+    raw = load_file(tmp_path / "checkpoint-5" / "model.safetensors")
     assert any(not torch.equal(raw[name], p) for name, p in pipe.unet.state_dict().items())
     assert reconstruct(tmp_path / "power_ema", 0.07).keys() == raw.keys()
 
@@ -190,13 +191,13 @@ def test_killed_moved_and_resumed_it_ends_where_the_uninterrupted_run_does(tmp_p
 def test_a_signal_saves_and_ends_the_run(tmp_path, name, monkeypatch, capsys):
     train(tmp_path / "whole", "--max_train_steps", "6")
 
-    def log_and_signal(self, done, *values, original=train_dfu.Run._log):
+    def log_and_signal(self, done, *values, original=Reporter.log):
         original(self, done, *values)
         if done == 3:
             signal.raise_signal(getattr(signal, name))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_dfu.Run, "_log", log_and_signal)
+        patch.setattr(Reporter, "log", log_and_signal)
         run(*TINY, "--output_dir", tmp_path / "stopped", "--max_train_steps", 6)
     # The signal came while step 3 was reported, so step 4 is the first to know.
     assert f"Stopped by {name} after step 4" in capsys.readouterr().out
@@ -233,14 +234,14 @@ def test_a_report_that_a_signal_cut_off_is_made_and_none_twice(tmp_path, monkeyp
     options = ["--max_train_steps", "4", "--report_images", "8", "--checkpointing_steps", "2"]
     train(tmp_path / "whole", *options)
 
-    def log_and_signal(self, done, *values, original=train_dfu.Run._log):
+    def log_and_signal(self, done, *values, original=Reporter.log):
         original(self, done, *values)
         if done == 1:
             signal.raise_signal(signal.SIGTERM)  # so step 2, which reports, is the last
 
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(train_dfu.Run, "_log", log_and_signal)
+        patch.setattr(Reporter, "log", log_and_signal)
         run(*TINY, "--output_dir", stopped, *options)
     assert validation_rows(stopped) == validation_rows(tmp_path / "whole")[:2]
     (stopped / "validation.csv").unlink()  # as if the report had been killed
@@ -259,12 +260,12 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 def test_compiled_by_the_launcher_the_names_of_weights_stay(tmp_path, monkeypatch):
     """As by `accelerate launch --dynamo_backend eager`; the checkpoint is one of an ordinary run."""
-    options = ["--resolutions", "8", "--save_raw_weights"]
+    options = ["--resolutions", "8"]
     with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
         train(tmp_path, *options, "--max_train_steps", "1", "--checkpointing_steps", "1")
     weights = state(tmp_path, 1)["model.safetensors"]
-    assert weights.keys() == DFUPipeline.from_pretrained(tmp_path, variant="raw").unet.state_dict().keys()
+    assert weights.keys() == DFUPipeline.from_pretrained(tmp_path).unet.state_dict().keys()
     train(tmp_path, *options, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
 
 
@@ -528,15 +529,14 @@ def test_fine_tuning_a_factorised_model(tmp_path):
 
 
 def test_a_pipeline_to_fine_tune_brings_its_dropout_and_its_scalings(tmp_path):
-    train(tmp_path / "base", *dropout_config(tmp_path), "--augment_probability", 0.1, "--sigma_data", 0.7)
+    train(tmp_path / "base", *dropout_config(tmp_path), "--augment_probability", 0.1)
+    EDMHeunScheduler(sigma_data=0.7).save_pretrained(tmp_path / "base" / "scheduler")
     again = [*TINY[2:], "--init_from", tmp_path / "base", "--output_dir", tmp_path / "tuned"]
     args = parse(*again, "--augment_probability", 0.1)
     AcceleratorState._reset_state(reset_partial_state=True)
     prepared = train_dfu.Run(args)
     assert prepared.network.training and prepared.network.config.dropout == 0.3
     assert prepared.scheduler.config.sigma_data == 0.7
-    with pytest.raises(SystemExit, match="trained with sigma_data=0.7, not 0.4"):
-        run(*again, "--augment_probability", 0.1, "--sigma_data", 0.4)
 
 
 # --- Things that go wrong ---
@@ -574,7 +574,7 @@ def test_a_run_that_stays_not_finite_stops(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]  # before step 3
 
 
-def poison_weights(self, done, *values, original=train_dfu.Run._log):
+def poison_weights(self, done, *values, original=Reporter.log):
     """As a step that overflows: its loss is finite, its result is not."""
     original(self, done, *values)
     if done == 4:
@@ -585,14 +585,14 @@ def poison_weights(self, done, *values, original=train_dfu.Run._log):
 @pytest.mark.parametrize(
     "rate, log, message",
     [
-        ("1e30", train_dfu.Run._log, "The loss is not finite in the last step, 4"),
+        ("1e30", Reporter.log, "The loss is not finite in the last step, 4"),
         ("1e-3", poison_weights, "The weights are not finite after step 4"),
     ],
 )
 def test_what_has_diverged_is_neither_saved_nor_exported(tmp_path, monkeypatch, rate, log, message):
     train(tmp_path, "--max_train_steps", "2")
     exported = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    monkeypatch.setattr(train_dfu.Run, "_log", log)
+    monkeypatch.setattr(Reporter, "log", log)
     with pytest.raises(SystemExit, match=f"{message}.*diverged.*Go on from .*checkpoint-2") as error:
         train(tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", rate, "--lr_scheduler", "constant")
     assert error.value.code != 0
@@ -646,12 +646,12 @@ def test_a_killed_loader_is_explained(tmp_path, monkeypatch):
 def test_a_full_disk_ends_the_run_with_the_checkpoint_before(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def log_and_fill(self, done, *values, original=train_dfu.Run._log):
+    def log_and_fill(self, done, *values, original=Reporter.log):
         original(self, done, *values)
         if done == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow beyond it
 
-    monkeypatch.setattr(train_dfu.Run, "_log", log_and_fill)
+    monkeypatch.setattr(Reporter, "log", log_and_fill)
     try:
         with pytest.raises(SystemExit, match="checkpoint-4 could not be written.*checkpoint-2 is intact"):
             train(tmp_path)
@@ -678,8 +678,6 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, caplog):
         train(tmp_path, *resume, "--batch_size", "8")
     with pytest.raises(SystemExit, match="holds no average 'power-0.1'"):
         train(tmp_path, *resume, "--power_ema", "0.1")
-    with pytest.raises(SystemExit, match="made with --optimizer adam, not adamw"):
-        train(tmp_path, *resume, "--optimizer", "adamw")
     with pytest.raises(SystemExit, match="has done 4 steps"):
         train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
     (tmp_path / "checkpoint-4" / "optimizer.json").write_bytes(b"cut")
@@ -704,7 +702,7 @@ def test_what_changed_since_the_checkpoint_is_said_and_done(tmp_path, photos, ca
 
 def test_a_run_whose_end_failed_can_still_be_finished(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no room"):
-        patch.setattr(train_dfu, "sample_sheet", lambda *arguments: (_ for _ in ()).throw(OSError("no room")))
+        patch.setattr(reporter, "sample_sheet", lambda *arguments: (_ for _ in ()).throw(OSError("no room")))
         train(tmp_path)
     assert not (tmp_path / "README.md").exists()
     train(tmp_path, "--resume_from_checkpoint", "latest")
@@ -901,15 +899,12 @@ def test_a_push_that_cannot_succeed_ends_the_run_before_it_begins(tmp_path, hub)
     with pytest.raises(SystemExit, match="log in|login|token"):
         train(tmp_path / "run", "--push_to_hub")
     hub.faults.clear()
-    hub.add_repo("me/run").tags["v1"] = "x"
-    with pytest.raises(SystemExit, match="me/run has a tag v1 already"):
-        train(tmp_path / "run", "--push_to_hub", "--hub_tag", "v1")
     with pytest.raises(SystemExit, match="'CC BY' names no licence as the Hub does"):
         train(tmp_path / "run", "--hub_license", "CC BY")
     hub.fail("validate-yaml", 400)
     with pytest.raises(SystemExit, match="me/new could not be pushed"):
         train(tmp_path / "run", "--push_to_hub", "--hub_model_id", "new", "--hub_license", "a-licence-of-mine")
-    assert not (tmp_path / "run").exists() and hub.repos.keys() == {"me/run"}
+    assert not (tmp_path / "run").exists() and not hub.repos
 
 
 def test_the_data_sets_of_the_examples_can_be_made_and_trained_on(tmp_path):

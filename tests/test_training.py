@@ -8,48 +8,44 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from dfu_diffusers import EDMHeunScheduler
-from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler
 from dfu_diffusers.training.ema import HalfLifeEMA, PowerEMA
 from dfu_diffusers.training.losses import TrainingLoss
-from dfu_diffusers.training.step import TrainingStep, WeightAverages
+from dfu_diffusers.training.step import WeightAverages
+from examples import train_dfu
 
 
-def image(draw):
-    generator = torch.Generator().manual_seed(draw.number)
-    return 0.5 * torch.randn(3, *draw.size, generator=generator, dtype=torch.float64)
-
-
-def sampler(**options):
-    return MixedResolutionBatchSampler(10, 6, [(8, 8), (6, 9)], num_steps=4, **options)
-
-
-def batches(schedule):
-    return ({"image": torch.stack([image(draw) for draw in draws])} for draws in schedule)
-
-
-@pytest.mark.parametrize("max_pixels", [None, 200, 64])
-def test_steps_equal_a_textbook_loop(make_model, max_pixels):
+@pytest.mark.parametrize("max_pixels", [600, 200, 64])
+def test_steps_equal_a_textbook_loop(tmp_path, max_pixels):
     """A step on the gradient of the mean loss of all images, clipped; whole batches against micro-batches. In float64
     but for noise levels, which are float32. By SGD: Adam would turn the rounding of a small gradient into a step."""
-    model = make_model().double()
-    textbook = copy.deepcopy(model)
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler, schedule = EDMHeunScheduler(), sampler(max_pixels=max_pixels)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    step = TrainingStep(
-        accelerator, model, optimizer, TrainingLoss(model, scheduler), schedule, batches(schedule), max_grad_norm=0.5
-    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = [
+        "--model_config",
+        str(train_dfu.CONFIGS / "tiny.json"),
+        "--resolutions",
+        "8",
+        "6x9",
+        "--batch_size",
+        "6",
+    ]
+    options += ["--batch_size", "6", "--max_pixels_per_batch", str(max_pixels), "--max_grad_norm", "0.5"]
+    run = train_dfu.Run(train_dfu.parse_args([*options, "--report_to", "none"], train_dfu.CONFIGS))
+    run.model.double()
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
+    batches = ({"image": torch.stack([image(draw) for draw in draws])} for draws in run.sampler)
 
+    textbook = copy.deepcopy(run.network)
     sgd = torch.optim.SGD(textbook.parameters(), lr=0.1, momentum=0.9)
-    loss_of = TrainingLoss(textbook, scheduler)
-    for number in range(4):
-        loss, norm, value = step(number, value=0.25)
-        (draws,) = sampler().micro_batches(number)
+    loss_of, whole = TrainingLoss(textbook, EDMHeunScheduler()), copy.copy(run.sampler)
+    whole.max_pixels = None
+    for step in range(4):
+        loss, norm, stopping = run.step(step, batches, stopping=step == 2)
+        (draws,) = whole.micro_batches(step)
         expected = loss_of(
-            torch.stack([image(d) for d in draws]), [d.number for d in draws], schedule.resolution(number)
+            torch.stack([image(d) for d in draws]), [d.number for d in draws], whole.resolution(step)
         ).mean()
         expected.backward()
         gradient = torch.cat([p.grad.flatten() for p in textbook.parameters()])
@@ -59,9 +55,14 @@ def test_steps_equal_a_textbook_loop(make_model, max_pixels):
         sgd.step(), sgd.zero_grad()
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         assert norm == pytest.approx(gradient.norm().item(), rel=1e-5)
-        assert value == 0.25
-    for ours, theirs in zip(model.parameters(), textbook.parameters()):
+        assert stopping == (step == 2)
+    for ours, theirs in zip(run.model.parameters(), textbook.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def image(draw):
+    generator = torch.Generator().manual_seed(draw.number)
+    return 0.5 * torch.randn(3, *draw.size, generator=generator, dtype=torch.float64)
 
 
 def test_averages_are_saved_and_loaded_whole(make_model, tmp_path):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files import flush_to_disk
+from .options import Options, public_options
 
 logger = logging.getLogger(__name__)
 PARTIAL, MANIFEST, LOCK = "partial-checkpoint", "manifest.json", ".lock"
@@ -111,19 +112,59 @@ def readable(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_user(output: Path) -> Iterator[None]:
-    """Holds the lock of an output folder, which ends with the process at the latest.
+    """Makes an output folder and holds its lock, which ends with the process at the latest.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process holds it, or it cannot be written to.
     """
     try:
+        output.mkdir(parents=True, exist_ok=True)
         held = FileLock(output / LOCK).acquire(timeout=0)
     except Timeout as error:
         raise CheckpointError(
             f"Another run writes to {output}: wait until it ends, or choose another --output_dir."
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"--output_dir {output} cannot be written to: {error}") from error
     with held:
         yield
+
+
+def changes_since(folder: Path, args: Options, data: dict) -> list[str]:
+    """What is different from the run that made a checkpoint, in words; `data` are the facts of the images now.
+
+    Raises:
+        CheckpointError: the batch size differs.
+    """
+    options, free = public_options(args), {"resume_from_checkpoint", "output_dir", "config", "dry_run"}
+    with readable(folder):
+        facts = read_object(folder / "run.json")
+        saved, images = dict(facts["options"]), dict(facts["data"])
+    if saved.get("batch_size") != args.batch_size:
+        raise CheckpointError(
+            f"{folder} was made with --batch_size {saved.get('batch_size')}, not {args.batch_size}, which must stay: "
+            f"it decides which images have been seen (--max_pixels_per_batch saves memory)."
+        )
+    changed = [f"{k} {saved.get(k)} -> {v}" for k, v in options.items() if k not in free and saved.get(k) != v]
+    if images.get("fingerprint") != data["fingerprint"]:
+        changed.append(f"the images: {images.get('description')} -> {data['description']}, so some will come twice")
+    return changed
+
+
+def check_finite(averages, done: int, args: Options) -> None:
+    """Raise a CheckpointError where weights are not finite; `averages` are a `WeightAverages`."""
+    if not averages.are_finite():
+        raise diverged(f"The weights are not finite after step {done}", args)
+
+
+def diverged(what: str, args: Options) -> CheckpointError:
+    """The error of a run whose results are not finite."""
+    found = find_checkpoints(Path(args.output_dir))
+    remedy = f"Go on from {found[max(found)]}" if found else "Begin again"
+    return CheckpointError(
+        f"{what}: the training has diverged, and is neither saved nor exported. {remedy} with a --learning_rate below "
+        f"{args.learning_rate}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

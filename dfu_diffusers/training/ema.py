@@ -49,29 +49,6 @@ class _Average(EMAModel):
         parameters = [p.to(shadow.dtype) for p, shadow in zip(parameters, self.shadow_params)]
         torch._foreach_lerp_(self.shadow_params, parameters, 1 - self.cur_decay_value)
 
-    def state_dict(self) -> dict:
-        """Steps done and averages; no settings, which belong to a run."""
-        return {"optimization_step": self.optimization_step, "shadow_params": self.shadow_params}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from `state_dict`, with this average's own settings, device and dtype.
-
-        Raises:
-            ValueError: a state of other parameters.
-        """
-        saved = state_dict["shadow_params"]
-        shapes, saved_shapes = ([tuple(tensor.shape) for tensor in tensors] for tensors in (self.shadow_params, saved))
-        if shapes != saved_shapes:
-            at = next((i for i, pair in enumerate(zip(shapes, saved_shapes)) if pair[0] != pair[1]), None)
-            difference = "" if at is None else f", number {at} of shape {saved_shapes[at]} where {shapes[at]} is due"
-            raise ValueError(
-                f"The averages are of another model: {len(saved)} tensors for {len(shapes)} parameters{difference}. "
-                f"Resume with the configuration of the run that saved them."
-            )
-        self.optimization_step = state_dict["optimization_step"]
-        for shadow, tensor in zip(self.shadow_params, saved):
-            shadow.copy_(tensor)
-
 
 class HalfLifeEMA(_Average):
     """Exponential moving average in which weights count half after so many more images.

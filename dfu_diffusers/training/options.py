@@ -1,19 +1,18 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Options of a training run: the command line, and files of options."""
+"""Options of a training run: typed groups of them, the command line, and files of options."""
 
 import argparse
+import dataclasses
 import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from diffusers.optimization import SchedulerType
 
 from ..command_line import count, natural, number, positive, resolution
-from ..data.resolutions import format_resolution
-
-SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # it needs rules
-SWITCH = dict(action=argparse.BooleanOptionalAction, default=False)  # --no-OPTION overrules a file of options
+from ..data.resolutions import Size, format_resolution
 
 
 def path(text: str) -> str:
@@ -23,123 +22,179 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+# A type, and how to read it from text.
+Location = Annotated[str, path]
+Resolution = Annotated[Size, resolution]
+Count, Natural = Annotated[int, count], Annotated[int, natural]
+Positive, NonNegative = Annotated[float, positive], Annotated[float, number(float, 0)]
+Share, Rank = Annotated[float, number(float, 0, 1)], Annotated[float, number(float, 0, 0.999, open_low=True)]
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+def option(default, help: str, metavar: str | None = None):
+    """A field of a group with its line in --help."""
+    metadata = {"help": help, "metavar": metavar}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelOptions:
+    """model"""
+
+    model_config: Location | None = option(None, "config.json of a DFUModel or DFURefiner (default: the portraits')")
+    init_from: Location | None = option(None, "fine-tune this pipeline, a folder or a Hub id, not a new model")
+    spectral_rank: Rank | None = option(None, "factorise its spectral weights (0.4: about a sixth of them)", "SHARE")
+    freeze: list[str] = option(
+        [], "spatial, spectral, norm, attention, skip, embedding, level:N or level:N.KIND", "GROUP"
+    )
+
+
+@dataclass
+class DataOptions:
+    """data (default: procedural portraits, endless)"""
+
+    train_data_dir: Location | None = option(None, "folder or zip of images, nested ones too")
+    dataset_name: Location | None = option(None, "data set id on the Hub, or a folder that `datasets` can load")
+    dataset_config_name: str | None = option(None, "its configuration")
+    dataset_split: str = option("train", "its part to train on")
+    streaming: bool = option(False, "read it as it comes; each process and worker reads all")
+    image_column: str = option("image", "where its images are")
+    label_column: str = option("label", "class of an image; folders make one of this name")
+    class_conditional: bool = option(False, "train on --label_column too")
+    random_crop: bool = option(False, "crop to the aspect ratio at random, not centred")
+    random_flip: bool = option(False, "mirror half of the images")
+    small_images: Literal["fail", "skip", "upscale"] = option("fail", "those smaller than the largest resolution")
+    cache_dir: Location | None = option(None, "keep images resized in memory-mapped files there")
+    num_workers: Natural = option(0, "processes that load images")
+    num_validation_images: Natural = option(64, "images held out, up to a tenth of a data set")
+
+
+@dataclass
+class BatchOptions:
+    """resolutions (HEIGHT or HEIGHTxWIDTH) and batches"""
+
+    resolutions: list[Resolution] = option([(16, 16), (24, 24), (32, 32)], "to train at (default: 16 24 32)")
+    resolution_weights: list[NonNegative] | None = option(None, "how often each is drawn (default: equally)")
+    resolution_warmup_steps: Natural = option(0, "over these steps sizes join, smallest first")
+    upsample_resolutions: list[Resolution] = option([], "larger sizes, trained on enlarged images")
+    upsample_weight: Share = option(0.0, "share of steps that draw one of these")
+    source_resolution: Resolution | None = option(
+        None, "load images of so many pixels and cut them to the modes of a resolution, as octaves do, instead of "
+        "resizing (default: no; for a refiner the largest resolution)",
+    )  # fmt: skip
+    batch_size: Count = option(32, "images per step, over all processes together")
+    max_pixels_per_batch: Count | None = option(None, "images x height x width at once on a device")
+
+
+@dataclass
+class LossOptions:
+    """noise and loss"""
+
+    p_mean: float | None = option(None, "mean of ln sigma (default: -1.2, of a refiner -2.3)")
+    p_std: Positive | None = option(None, "its standard deviation (default: 1.2, of a refiner 1.4)")
+    augment_probability: Share = option(0.0, "of EDM's geometric augmentation, which uses 0.12")
+    label_dropout: Share = option(0.0, "images without their label, for classifier-free guidance (0.1, say)")
+
+
+@dataclass
+class OptimizerOptions:
+    """Adam and averages of the weights"""
+
+    max_train_steps: Count = option(2000, "length of the run, over which the learning rate decays")
+    learning_rate: Positive = option(1e-3, "at its highest")
+    lr_scheduler: Schedule = option("cosine", "how it goes on")
+    lr_warmup_images: Natural = option(3200, "images over which it rises, except with `constant`")
+    max_grad_norm: Positive = option(1.0, "longer gradients are scaled down to it")
+    max_nonfinite_steps: Count = option(10, "without a finite loss, in a row, end the run")
+    ema_halflife_images: Positive = option(20_000, "half-life of the averaged weights")
+    ema_rampup_ratio: Positive = option(0.05, "the half-life is at most this times the images seen")
+    power_ema: list[Positive] = option(
+        [], "widths of more averages (EDM2: 0.05 0.1), for ema.reconstruct", "SIGMA_REL"
+    )
+
+
+@dataclass
+class DeviceOptions:
+    """precision and memory"""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(None, "(default: the launcher's)")
+    tf32: bool = option(False, "faster float32 matrix products on NVIDIA GPUs")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
+    checkpointed_levels: list[Natural] | None = option(None, "of these only: 0, the full image, holds most", "LEVEL")
+    torch_compile: bool = option(False, "compile the repeated blocks")
+
+
+@dataclass
+class RunOptions:
+    """run: checkpoints and reports"""
+
+    config: str | None = option(None, "YAML file with any of these options; the command line overrules it")
+    dry_run: bool = option(False, "check, print model, schedule and memory, and stop")
+    seed: Natural = option(0, "of all that is random")
+    output_dir: Location = option("outputs/dfu-portraits", "where everything is written")
+    checkpointing_steps: Count = option(1000, "save what the run needs to go on every so many steps")
+    checkpoints_total_limit: Count = option(2, "how many of them to keep")
+    resume_from_checkpoint: Location | None = option(None, "a checkpoint folder, or 'latest'")
+    report_images: Count = option(32_000, "sample and validate every so many images")
+    report_to: str = option("tensorboard", "a tracker of Accelerate (wandb, ...), or none")
+
+
+@dataclass
+class HubOptions:
+    """Hub and model card"""
+
+    push_to_hub: bool = option(False, "upload the pipeline with a model card at the end")
+    hub_model_id: str | None = option(None, "repository (default: name of --output_dir)")
+    hub_private: bool = option(False, "create it as a private one")
+    hub_license: str | None = option(None, "in the card, as the Hub names it: cc-by-4.0, say")
+    hub_advised_sizes: str | None = option(None, 'in the card: "16 to 96 px", say')
+    hub_limits: str | None = option(None, "in the card: what the model is bad at")
+
+
+@dataclass
+class Options(
+    HubOptions, RunOptions, DeviceOptions, OptimizerOptions, LossOptions, BatchOptions, DataOptions, ModelOptions
+):
+    """All options of a run. They are fields of this one object; a function that takes a group's type takes it, too."""
+
+
+GROUPS = Options.__bases__[::-1]
+TYPES = get_type_hints(Options, include_extras=True)
+
+
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """All options; a description is what --help begins with."""
+    """A flag for each field; what is not given is left to the fields' defaults. A description begins --help."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="YAML file with any of these options; the command line overrules it")
-    parser.add_argument("--dry_run", action="store_true", help="check, print model, schedule and memory, and stop")
-
-    data = parser.add_argument_group("data (default: procedural portraits, endless)")
-    data.add_argument("--train_data_dir", type=path, help="folder or zip of images, nested ones too")
-    data.add_argument(
-        "--dataset_name", type=path, help="data set id on the Hub, or a local folder that `datasets` can load"
-    )
-    data.add_argument("--dataset_config_name", help="its configuration")
-    data.add_argument("--dataset_split", default="train")
-    data.add_argument("--streaming", **SWITCH, help="read it as it comes; each process and worker reads all")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--label_column", default="label", help="class of an image; folders make one of this name")
-    data.add_argument("--class_conditional", **SWITCH, help="train on --label_column too")
-    data.add_argument("--random_crop", **SWITCH, help="crop to the aspect ratio at random, not centred")
-    data.add_argument("--random_flip", **SWITCH, help="mirror half of the images")
-    data.add_argument(
-        "--small_images", choices=["fail", "skip", "upscale"], default="fail",
-        help="what to do with images smaller than the largest resolution",
+        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]", description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    data.add_argument("--cache_dir", type=path, help="keep images resized in memory-mapped files there")
-    data.add_argument("--num_workers", type=natural, default=0, help="that load images")
-    data.add_argument(
-        "--num_validation_images", type=natural, default=64, help="held out, up to a tenth of a data set"
-    )
-
-    sizes = parser.add_argument_group("resolutions, as HEIGHT or HEIGHTxWIDTH")
-    sizes.add_argument("--resolutions", nargs="+", type=resolution, default=[(16, 16), (24, 24), (32, 32)])
-    sizes.add_argument("--resolution_weights", nargs="+", type=number(float, 0), help="how often (default: equally)")
-    sizes.add_argument("--resolution_warmup_steps", type=natural, default=0, help="sizes join, smallest first")
-    sizes.add_argument("--upsample_resolutions", nargs="+", type=resolution, default=[], help="from enlarged images")
-    sizes.add_argument("--upsample_weight", type=number(float, 0, 1), default=0.0, help="share of steps that do")
-    sizes.add_argument(
-        "--source_resolution", type=resolution,
-        help="load images of about as many pixels and cut them to the modes that a resolution has, as the octaves of "
-        "a pipeline do, instead of resizing (default: no; for a refiner the largest resolution)",
-    )  # fmt: skip
-    sizes.add_argument("--max_pixels_per_batch", type=count, help="images x height x width at once on a device")
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_config",
-        type=path,
-        help="config.json of a DFUModel or DFURefiner, whose detail_std may be null (default: configs/portraits.json)",
-    )
-    model.add_argument(
-        "--init_from", type=path, help="fine-tune this pipeline, a folder or a Hub id, in place of a new model"
-    )
-    model.add_argument(
-        "--spectral_rank", type=number(float, 0, 0.999, open_low=True), metavar="SHARE",
-        help="factorise the spectral weights of --init_from's model (0.4: about a sixth of them); see DFUModel",
-    )  # fmt: skip
-    model.add_argument(
-        "--freeze", nargs="+", default=[], metavar="GROUP",
-        help="spatial, spectral, norm, attention, skip, embedding, level:N or level:N.KIND",
-    )  # fmt: skip
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--batch_size", type=count, default=32, help="images per step, over all processes together")
-    training.add_argument("--max_train_steps", type=count, default=2000)
-    training.add_argument("--optimizer", choices=["adam", "adamw", "adam8bit"], default="adam")
-    training.add_argument("--learning_rate", type=positive, default=1e-3)
-    training.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="of adamw")
-    training.add_argument("--lr_scheduler", default="cosine", choices=SCHEDULES)
-    training.add_argument("--lr_warmup_images", type=natural, default=3200, help="(not of `constant`)")
-    training.add_argument("--max_grad_norm", type=positive, default=1.0)
-    training.add_argument("--max_nonfinite_steps", type=count, default=10, help="stop after so many in a row")
-    training.add_argument("--p_mean", type=float, help="mean of ln sigma (default: -1.2, of a refiner -2.3)")
-    training.add_argument("--p_std", type=positive, help="its standard deviation (default: 1.2, of a refiner 1.4)")
-    training.add_argument(
-        "--label_dropout", type=number(float, 0, 1), default=0.0,
-        help="share of images without their label, for classifier-free guidance (0.1, say)",
-    )  # fmt: skip
-    training.add_argument("--sigma_data", type=positive, help="of the images (default: 0.5, or --init_from's)")
-    training.add_argument("--augment_probability", type=number(float, 0, 1), default=0.0, help="EDM uses 0.12")
-    training.add_argument("--ema_halflife_images", type=positive, default=20_000, help="of the averaged weights")
-    training.add_argument("--ema_rampup_ratio", type=positive, default=0.05, help="half-life at most this x images")
-    training.add_argument(
-        "--power_ema", nargs="+", type=positive, default=[], metavar="SIGMA_REL",
-        help="also keep power-function averages (EDM2: 0.05 0.1) for dfu_diffusers.training.ema.reconstruct",
-    )  # fmt: skip
-    training.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="(default: the launcher's)")
-    training.add_argument("--tf32", **SWITCH, help="faster float32 matrix products on NVIDIA GPUs")
-    training.add_argument("--gradient_checkpointing", **SWITCH, help="less memory, more time")
-    training.add_argument(
-        "--checkpointed_levels", type=natural, nargs="+", metavar="LEVEL",
-        help="--gradient_checkpointing of these levels only: 0, the full image, holds most",
-    )  # fmt: skip
-    training.add_argument("--torch_compile", **SWITCH, help="compile the repeated blocks")
-    training.add_argument("--seed", type=natural, default=0)
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=path, default="outputs/dfu-portraits")
-    output.add_argument("--checkpointing_steps", type=count, default=1000)
-    output.add_argument("--checkpoints_total_limit", type=count, default=2)
-    output.add_argument("--resume_from_checkpoint", type=path, help="a checkpoint folder, or 'latest'")
-    output.add_argument("--report_images", type=count, default=32_000, help="sample and validate every so many images")
-    output.add_argument("--report_to", default="tensorboard", help="a tracker of Accelerate (wandb, ...), or none")
-    output.add_argument("--save_raw_weights", **SWITCH, help='beside the average, as variant="raw"')
-    output.add_argument("--push_to_hub", **SWITCH, help="upload the pipeline with a model card at the end")
-    output.add_argument("--hub_model_id", help="repository (default: name of --output_dir)")
-    output.add_argument("--hub_private", **SWITCH, help="create it as a private one")
-    output.add_argument("--hub_revision", help="branch to push to (default: main)")
-    output.add_argument("--hub_tag", help="a name for this state, such as v1.0")
-    output.add_argument("--hub_self_contained", **SWITCH, help="with code: loads without dfu_diffusers")
-    output.add_argument("--hub_license", help="in the card, as the Hub names it: cc-by-4.0, say")
-    output.add_argument("--hub_advised_sizes", help='in the card: "16 to 96 px", say')
-    output.add_argument("--hub_limits", help="in the card: what the model is bad at")
+    for group in GROUPS:
+        section = parser.add_argument_group(group.__doc__)
+        for field in dataclasses.fields(group):
+            help, metavar = field.metadata["help"], field.metadata["metavar"]
+            if field.default and field.default is not dataclasses.MISSING:
+                help += f" (default: {field.default})"
+            names = {"metavar": metavar} if metavar else {}
+            section.add_argument(f"--{field.name}", help=help, **names, **_reading(TYPES[field.name]))
     return parser
 
 
-def parse_args(argv: list[str], configs: Path, description: str | None = None) -> argparse.Namespace:
+def _reading(kind) -> dict:
+    """How argparse reads a value of this type."""
+    if type(None) in get_args(kind):
+        return _reading(get_args(kind)[0])
+    if get_origin(kind) is list:
+        return {"nargs": "+", **_reading(get_args(kind)[0])}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is Annotated:
+        return {"type": get_args(kind)[1]}
+    return {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+
+
+def parse_args(argv: list[str], configs: Path, description: str | None = None) -> Options:
     """The options of a command line. Ends the program with a message where they do not fit each other.
 
     Args:
@@ -148,67 +203,79 @@ def parse_args(argv: list[str], configs: Path, description: str | None = None) -
         description: what --help begins with.
     """
     parser = build_parser(description)
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    config = config_parser.parse_known_args(argv)[0].config
-    args = parser.parse_args((options_of_file(parser, config) if config else []) + argv)
-
-    if args.train_data_dir and args.dataset_name:
-        parser.error("--train_data_dir and --dataset_name: give one of them")
-    if args.streaming and (not (args.dataset_name or args.train_data_dir) or args.cache_dir):
-        parser.error("--streaming needs --dataset_name or --train_data_dir, and goes without --cache_dir")
-    if not (args.dataset_name or args.train_data_dir):
-        given = [name for name in ("class_conditional", "random_crop", "random_flip", "cache_dir") if vars(args)[name]]
-        if given:
-            parser.error(f"--{given[0]} is for pictures of your own, but the portraits are drawn on the fly")
-    for folder in filter(None, (args.train_data_dir, args.dataset_name)):
-        if Path(folder).is_dir() and Path(args.output_dir).resolve().is_relative_to(Path(folder).resolve()):
-            parser.error(
-                f"--output_dir {args.output_dir} lies in {folder}: samples would be trained on; choose another"
-            )
-    if args.label_dropout and not args.class_conditional:
-        parser.error("--label_dropout drops the labels of --class_conditional: give both, or neither")
-    if args.random_crop and args.cache_dir:
-        parser.error("--random_crop and --cache_dir: the cache holds images cropped already, so give one of them")
-    if args.init_from and args.model_config:
-        parser.error("--init_from brings its own model: leave out --model_config")
-    if args.checkpointed_levels and not args.gradient_checkpointing:
-        parser.error("--checkpointed_levels says where: --gradient_checkpointing asks for it")
-    if args.spectral_rank and not args.init_from:
-        parser.error("--spectral_rank factorises the model of --init_from: for a new one it belongs in --model_config")
-    if args.resolution_weights and len(args.resolution_weights) != len(args.resolutions):
-        parser.error(f"--resolution_weights needs {len(args.resolutions)} numbers, one for each of --resolutions")
-    args.model_config = args.model_config or str(configs / "portraits.json")
-    if not Path(args.model_config).is_file():
-        presets = sorted(path.name for path in configs.glob("*.json"))
-        parser.error(f"--model_config {args.model_config} is not a file; presets in {configs}: {', '.join(presets)}")
+    try:
+        args = _parse(parser, argv)
+        if args.config:
+            args = _parse(parser, words_of_file(args.config) + argv)
+        check(args)
+        args.model_config = args.model_config or str(configs / "portraits.json")
+        if not Path(args.model_config).is_file():
+            presets = ", ".join(sorted(path.name for path in configs.glob("*.json")))
+            raise ValueError(f"--model_config {args.model_config} is not a file; presets in {configs}: {presets}")
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def options_of_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """The options in a YAML file as a command line, so that both pass the same checks."""
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> Options:
+    return Options(**vars(parser.parse_args(words)))
+
+
+def words_of_file(path: str) -> list[str]:
+    """The options in a YAML file as words of a command line, so that both pass the same checks.
+
+    Raises:
+        ValueError: the file cannot be read, or names an option that there is not.
+    """
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(options, dict):
-        parser.error(f"--config {path} must hold lines such as `batch_size: 64`")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+        raise ValueError(f"--config {path} must hold lines such as `batch_size: 64`")
+    known = TYPES.keys() - {"config"}
     if unknown := sorted(set(map(str, options)) - known):
         close = difflib.get_close_matches(unknown[0], known, n=1)
-        parser.error(f"--config {path}: no option {unknown[0]!r}" + "".join(f", perhaps {name!r}" for name in close))
-    argv = []
-    switches = {action.dest for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)}
+        raise ValueError(
+            f"--config {path}: no option {unknown[0]!r}" + "".join(f", perhaps {name!r}" for name in close)
+        )
+    words = []
     for name, value in options.items():
-        if name in switches and isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no-{name}")
+        if TYPES[name] is bool and isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
             values = value if isinstance(value, list) else ["no" if value is False else value]  # YAML's bare `no`
-            argv += [f"--{name}", *map(str, values)]
-    return argv
+            words += [f"--{name}", *map(str, values)]
+    return words
 
 
-def public_options(args) -> dict:
+def check(args: Options) -> None:
+    """Raise a ValueError that names the remedy where options do not fit each other."""
+    images, sizes, output = args.dataset_name or args.train_data_dir, args.resolutions, Path(args.output_dir)
+    own = [name for name in ("class_conditional", "random_crop", "random_flip", "cache_dir") if vars(args)[name]]
+    if args.train_data_dir and args.dataset_name:
+        raise ValueError("--train_data_dir and --dataset_name: give one of them")
+    if args.streaming and (not images or args.cache_dir):
+        raise ValueError("--streaming needs --dataset_name or --train_data_dir, and goes without --cache_dir")
+    if own and not images:
+        raise ValueError(f"--{own[0]} is for pictures of your own, but the portraits are drawn on the fly")
+    if images and Path(images).is_dir() and output.resolve().is_relative_to(Path(images).resolve()):
+        raise ValueError(f"--output_dir {output} lies in {images}: samples would be trained on; choose another")
+    if args.label_dropout and not args.class_conditional:
+        raise ValueError("--label_dropout drops the labels of --class_conditional: give both, or neither")
+    if args.random_crop and args.cache_dir:
+        raise ValueError("--random_crop and --cache_dir, which holds images cropped already: give one of them")
+    if args.init_from and args.model_config:
+        raise ValueError("--init_from brings its own model: leave out --model_config")
+    if args.checkpointed_levels and not args.gradient_checkpointing:
+        raise ValueError("--checkpointed_levels says where: --gradient_checkpointing asks for it")
+    if args.spectral_rank and not args.init_from:
+        raise ValueError("--spectral_rank factorises the model of --init_from; of a new one it is in --model_config")
+    if args.resolution_weights and len(args.resolution_weights) != len(sizes):
+        raise ValueError(f"--resolution_weights needs {len(sizes)} numbers, one for each of --resolutions")
+
+
+def public_options(args: Options) -> dict:
     """The options in words that JSON has."""
     values = dict(sorted(vars(args).items()))
     for name in ("resolutions", "upsample_resolutions"):

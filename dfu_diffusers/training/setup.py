@@ -1,6 +1,8 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the options of a training run ask for: data, network, scalings, optimizer, averages."""
+"""What the options of a training run ask for: processes, data, network, losses, optimizer, averages."""
 
+import contextlib
+import datetime
 import functools
 import json
 import math
@@ -10,6 +12,8 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from .. import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
@@ -20,22 +24,55 @@ from ..data.portraits import PortraitDataset
 from ..data.resolutions import MixedResolutionBatchSampler, source_size
 from ..data.streams import ImageStream, ignore_signals
 from .augment import GeometricAugment
+from .checkpoints import check_architecture, read_object
 from .ema import HalfLifeEMA, PowerEMA
-from .losses import detail_std, fit_size
+from .freezing import freeze
+from .losses import OctaveLoss, OctaveValidationLoss, TrainingLoss, ValidationLoss, detail_std, fit_size
+from .options import Options
+from .step import keep_freed_memory
 
 HELD_OUT_PORTRAITS = 10_001  # added to --seed: the series of portraits that validation looks at
 MODELS = {"unet": DFUModel, "refiner": DFURefiner}  # by the component of the pipeline that they are
 NOISE_LEVELS = {"unet": (-1.2, 1.2), "refiner": (-2.3, 1.4)}  # mean and deviation of ln sigma
 NOT_FOR_REFINERS = (
     "class_conditional", "label_dropout", "augment_probability", "upsample_resolutions", "freeze", "spectral_rank",
-    "checkpointed_levels", "sigma_data", "push_to_hub",
+    "checkpointed_levels", "push_to_hub",
 )  # fmt: skip
 MEASURED_IMAGES = 128  # from which the deviation of detail is measured
 
 
-def load_config(args) -> tuple[str, dict]:
+def build_accelerator(args: Options) -> Accelerator:
+    """The launcher's processes with their precision and trackers, seeded. `args.mixed_precision` becomes what counts.
+
+    Raises:
+        ValueError: a tracker or a precision that is not there.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / "logs")),
+        # The others wait while the main process samples and validates, longer than the usual ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4))],
+    )
+    if args.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"--report_to {args.report_to} is not installed: install it, or use --report_to none.")
+    args.mixed_precision, on_cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
+    if args.mixed_precision == "fp16" and on_cpu:
+        raise ValueError("--mixed_precision fp16 needs a GPU (here it would silently be float32): use bf16.")
+    if on_cpu:
+        keep_freed_memory()
+    if deepspeed := accelerator.state.deepspeed_plugin:  # whose engine clips and wants to know the batch
+        share = args.batch_size // accelerator.num_processes
+        options = {"train_micro_batch_size_per_gpu": share, "gradient_clipping": args.max_grad_norm}
+        deepspeed.deepspeed_config.update(options)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    set_seed(args.seed)
+    return accelerator
+
+
+def load_config(args: Options) -> tuple[str, dict]:
     """Which component of a pipeline is trained, "unet" or "refiner", and the arguments of its model, checked against
-    what this script trains: models of images that return what they take."""
+    what this script trains: models of images that return what they take. Sets options whose default depends on it."""
     source = args.init_from or args.model_config
     if args.init_from:
         index = DFUPipeline.load_config(args.init_from)
@@ -58,14 +95,17 @@ def load_config(args) -> tuple[str, dict]:
         )
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     height, width = max(args.resolutions + args.upsample_resolutions, key=math.prod)
+    p_mean, p_std = NOISE_LEVELS[part]
+    args.p_mean, args.p_std = p_mean if args.p_mean is None else args.p_mean, args.p_std or p_std
     if part == "refiner":
         _check_refiner(args, config, source)
+        args.source_resolution = args.source_resolution or (height, width)
         coarse = min(map(min, args.resolutions)) // 2
         return part, config | {"coarse_size": coarse, "sample_size": round(math.sqrt(height * width))}
     return part, config | {"in_channels": channels[0], "sample_size": height if height == width else (height, width)}
 
 
-def _check_refiner(args, config: dict, source: str) -> None:
+def _check_refiner(args: Options, config: dict, source: str) -> None:
     given = [name for name in NOT_FOR_REFINERS if vars(args)[name]]
     if given:
         raise ValueError(f"--{given[0]} is for a DFUModel, but {source} is of a DFURefiner: leave it out.")
@@ -81,7 +121,7 @@ def _check_refiner(args, config: dict, source: str) -> None:
 class Data:
     """What the options ask for: `train` (a data set, or a stream's table), `held_out` or None, their description."""
 
-    def __init__(self, args, channels: int, accelerator: Accelerator):
+    def __init__(self, args: Options, channels: int, accelerator: Accelerator):
         self.args, self.held_out, self.class_names = args, None, None
         wanted = args.resolutions + args.upsample_resolutions
         self.sizes = sorted({source_size(size, args.resolutions, args.source_resolution) for size in wanted})
@@ -139,6 +179,10 @@ class Data:
             raise ValueError(f"{self.images} holds no image to train on: lower --num_validation_images, or add some.")
         self.train = table
 
+    def facts(self) -> dict:
+        """What run.json holds."""
+        return {"description": self.description, "fingerprint": self.fingerprint, "class_names": self.class_names}
+
     def __str__(self) -> str:
         return self.description if self.is_stream else f"{self.description}, {self.length:,} images"
 
@@ -175,7 +219,39 @@ class Data:
         )
 
 
-def build_unet(args, config: dict, num_classes: int | None) -> DFUModel:
+def build_sampler(
+    args: Options, length: int | None, start: int, accelerator: Accelerator
+) -> MixedResolutionBatchSampler:
+    """This process's share of each step from `start` on; `length` is that of the data."""
+    return MixedResolutionBatchSampler(
+        length, args.batch_size, args.resolutions, args.resolution_weights, args.upsample_resolutions,
+        args.upsample_weight, args.resolution_warmup_steps, args.max_pixels_per_batch, args.max_train_steps,
+        start, args.seed, accelerator.process_index, accelerator.num_processes, args.source_resolution,
+    )  # fmt: skip
+
+
+def build_network(
+    args: Options, part: str, config: dict, data: Data, checkpoint: Path | None
+) -> DFUModel | DFURefiner:
+    """A new network, the one to fine-tune, or with a checkpoint one that takes its weights; for a dry run one without
+    contents."""
+    if part == "refiner" and config.get("detail_std") is None:
+        saved = read_object(checkpoint / "config.json").get("detail_std") if checkpoint else None
+        config["detail_std"] = saved or data.detail_std()  # those of a checkpoint were perhaps other images
+    with torch.device("meta") if args.dry_run and not args.init_from else contextlib.nullcontext():
+        network = _build_unet(args, config, data.num_classes) if part == "unet" else _build_refiner(args, config)
+    if checkpoint:
+        check_architecture(checkpoint, network.config)
+    if args.freeze:
+        freeze(network, args.freeze)
+    if args.gradient_checkpointing and not args.dry_run:
+        network.enable_gradient_checkpointing(**({"levels": args.checkpointed_levels} if part == "unet" else {}))
+    if args.torch_compile and not args.dry_run:
+        network.compile_repeated_blocks()
+    return network
+
+
+def _build_unet(args: Options, config: dict, num_classes: int | None) -> DFUModel:
     """A new model for the data's classes and augmentation, or the one to fine-tune, which must fit them."""
     if num_classes and args.label_dropout:
         num_classes += 1  # the last one means no class
@@ -199,7 +275,7 @@ def build_unet(args, config: dict, num_classes: int | None) -> DFUModel:
     return model
 
 
-def build_refiner(args, config: dict) -> DFURefiner:
+def _build_refiner(args: Options, config: dict) -> DFURefiner:
     """A new refiner, or the one to fine-tune."""
     if not args.init_from:
         return DFURefiner.from_config(config)
@@ -208,34 +284,50 @@ def build_refiner(args, config: dict) -> DFURefiner:
     return model
 
 
-def build_scheduler(args) -> EDMHeunScheduler:
+def build_scheduler(args: Options) -> EDMHeunScheduler:
     """The scalings of the network: a pipeline to fine-tune brings its own."""
-    if not args.init_from:
-        return EDMHeunScheduler(sigma_data=args.sigma_data or 0.5)
-    scheduler = EDMHeunScheduler.from_pretrained(args.init_from, subfolder="scheduler")
-    if args.sigma_data not in (None, scheduler.config.sigma_data):
-        raise ValueError(
-            f"{args.init_from} was trained with sigma_data={scheduler.config.sigma_data}, not {args.sigma_data}: "
-            f"leave out --sigma_data."
-        )
-    return scheduler
+    if args.init_from:
+        return EDMHeunScheduler.from_pretrained(args.init_from, subfolder="scheduler")
+    return EDMHeunScheduler()
 
 
-def build_optimizer(args, model) -> torch.optim.Optimizer:
-    """Over the parameters that train: frozen ones cost no memory here."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=args.learning_rate)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-    try:
-        from bitsandbytes.optim import Adam8bit
-    except ImportError as error:
-        raise ValueError(f"--optimizer adam8bit needs bitsandbytes ({error}): pip install bitsandbytes.") from error
-    return Adam8bit(parameters, lr=args.learning_rate)
+def build_loss(args: Options, part: str, model, scalings, num_classes: int | None) -> TrainingLoss | OctaveLoss:
+    """The loss of a prepared model, whose scalings are those of a scheduler."""
+    noise = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std)
+    if part == "refiner":
+        return OctaveLoss(model, scalings, **noise)
+    augment = GeometricAugment(args.augment_probability) if args.augment_probability else None
+    return TrainingLoss(
+        model, scalings, **noise, augment=augment, label_dropout=args.label_dropout, no_class=num_classes
+    )
 
 
-def average_rules(args) -> dict:
+def build_validation(args: Options, part: str, scalings, held_out) -> ValidationLoss | None:
+    """The loss on held-out images; None without any."""
+    if held_out is None:
+        return None
+    options = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std, source_resolution=args.source_resolution)
+    loss = OctaveValidationLoss if part == "refiner" else ValidationLoss
+    return loss(held_out, args.resolutions, scalings, **options)
+
+
+def build_optimizer(args: Options, network) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Adam over the parameters that train (frozen ones cost no memory), and the schedule of its learning rate, which
+    stays unprepared: Accelerate would step it once for each process, and our steps count the global batch."""
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=args.learning_rate)
+    warmup = -(-args.lr_warmup_images // args.batch_size)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, warmup, args.max_train_steps)
+
+
+def set_learning_rate(lr_scheduler, optimizer, step: int, rate: float) -> None:
+    """Put the schedule of this run's options at a step; the checkpoint's came with the optimizer."""
+    lr_scheduler.last_epoch = step
+    lr_scheduler.base_lrs = [rate for _ in lr_scheduler.base_lrs]
+    for group, scale in zip(optimizer.param_groups, lr_scheduler.lr_lambdas):
+        group["initial_lr"], group["lr"] = rate, rate * scale(step)
+
+
+def average_rules(args: Options) -> dict:
     """How to make each average of the weights: "ema" is what the pipeline gets, the others leave snapshots."""
 
     def halflife(parameters):

@@ -1,9 +1,8 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""One step of training under Accelerate, the same result for any number of processes and micro-batches."""
+"""What the training loop needs under Accelerate: batches, gradients, averages of weights, and signals."""
 
 import contextlib
 import ctypes
-import math
 import platform
 import signal
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,79 +41,52 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))  # no blocks of their own; never shrink
 
 
-def end_workers(batches: Iterator) -> None:
-    """End the processes that load images for an iterator of a DataLoader, if it has any.
-
-    They ignore SIGTERM (`ignore_signals`), with which Python would end them when it exits, and wait for them.
-    """
-    if workers := getattr(batches, "_workers", []):
-        batches._shutdown_workers()
-        for worker in workers:
-            worker.kill()
-
-
 class DataError(RuntimeError):
     """Images that cannot be had; the message says which, why, and what to do."""
 
 
-class TrainingStep:
-    """One optimizer step on a global batch: micro-batches, gradients over all processes, clipping, update.
-
-    Args:
-        accelerator: that prepared model and optimizer.
-        model, optimizer: as prepared.
-        loss: a `TrainingLoss` of the model.
-        sampler: the `MixedResolutionBatchSampler` whose micro-batches `batches` holds.
-        batches: iterator over micro-batches, {"image", optionally "label"}, of this process.
-        max_grad_norm: gradients are scaled down to this norm.
-
-    Calling it with the step's number returns (loss, norm of the gradient, mean of `value` over processes), the same on
-    all processes. Where the loss or the gradient is not finite the weights stay as they were (not under DeepSpeed,
-    whose engine steps before it can be asked).
+@contextlib.contextmanager
+def workers(loader: DataLoader) -> Iterator[Iterator]:
+    """Iterates over a loader's batches, whose processes end with the context, whatever happens.
 
     Raises:
-        DataError: the next micro-batch cannot be loaded.
+        DataError: one of the processes was killed.
     """
+    batches = iter(loader)
+    try:
+        yield batches
+    except RuntimeError as error:  # raised by a signal handler of torch's, wherever the run is
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            f"a process that loads images died ({error}), often for lack of memory. Use fewer --num_workers, perhaps "
+            f"with --cache_dir, and go on with --resume_from_checkpoint latest."
+        ) from error
+    finally:
+        # They ignore SIGTERM (`ignore_signals`), with which Python would end them when it exits, and wait for them.
+        if processes := getattr(batches, "_workers", []):
+            batches._shutdown_workers()
+            for process in processes:
+                process.kill()
 
-    def __init__(self, accelerator: Accelerator, model, optimizer, loss, sampler, batches: Iterator, max_grad_norm):
-        self.accelerator, self.model, self.optimizer, self.loss = accelerator, model, optimizer, loss
-        self.sampler, self.batches, self.max_grad_norm = sampler, batches, max_grad_norm
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def __call__(self, step: int, value: float = 0.0) -> tuple[float, float, float]:
-        accelerator, size = self.accelerator, self.sampler.resolution(step)
-        micro_batches, share = self.sampler.micro_batches(step), self.sampler.batch_size // self.sampler.num_processes
-        total = torch.zeros((), device=accelerator.device)
-        for index, draws in enumerate(micro_batches):
-            batch = self._next_batch()
-            with self._synchronize(index == len(micro_batches) - 1):
-                labels = batch["label"].to(accelerator.device) if "label" in batch else None
-                images = batch["image"].to(accelerator.device, non_blocking=True)
-                loss = self.loss(images, [draw.number for draw in draws], size, labels).sum() / share
-                accelerator.backward(loss)
-            total += loss.detach()
+def next_batch(batches: Iterator) -> dict[str, torch.Tensor]:
+    """{"image", optionally "label"} of the next micro-batch.
 
-        grad_norm = accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        grad_norm = math.nan if grad_norm is None else float(full_tensor(torch.as_tensor(grad_norm)))
-        # One reduction for all that processes must agree on.
-        report = torch.stack([total, torch.full_like(total, value)])
-        loss, value = accelerator.reduce(report, "mean").tolist()
-        if math.isfinite(loss) and math.isfinite(grad_norm) or accelerator.scaler is not None:
-            self.optimizer.step()  # in fp16 the gradient scaler skips the step itself, and must hear of it
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm, value
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    try:
+        return next(batches)
+    except (ValueError, OSError) as error:  # of our data sets; a worker puts its own trail before the message
+        message = str(error).strip().splitlines()[-1]
+        raise DataError(message.removeprefix(f"{type(error).__name__}: ")) from error
 
-    def _next_batch(self) -> dict[str, torch.Tensor]:
-        try:
-            return next(self.batches)
-        except (ValueError, OSError) as error:  # of our data sets; a worker puts its own trail before the message
-            message = str(error).strip().splitlines()[-1]
-            raise DataError(message.removeprefix(f"{type(error).__name__}: ")) from error
 
-    def _synchronize(self, last: bool):
-        """Processes exchange gradients with the last micro-batch only."""
-        self.accelerator.gradient_state._set_sync_gradients(last)  # which Accelerate's DeepSpeed engine looks at
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+def exchange_gradients(accelerator: Accelerator, model, now: bool):
+    """The context of a backward pass after which processes exchange gradients, or after which they do not yet."""
+    accelerator.gradient_state._set_sync_gradients(now)  # which Accelerate's DeepSpeed engine looks at
+    return contextlib.nullcontext() if now else accelerator.no_sync(model)
 
 
 class WeightAverages:
@@ -181,9 +154,9 @@ class WeightAverages:
             if not path.exists():
                 raise ValueError(f"{folder} holds no average {rule!r}, which cannot begin in the middle of a run.")
             with safe_open(path, "pt") as file:
-                shadows = [place_like(file.get_tensor(n), p) for n, p in zip(self.parameters, average.shadow_params)]
-                step = int(file.metadata()["optimization_step"])
-            average.load_state_dict({"optimization_step": step, "shadow_params": shadows})
+                for name, shadow in zip(self.parameters, average.shadow_params):
+                    shadow.copy_(place_like(file.get_tensor(name), shadow))
+                average.optimization_step = int(file.metadata()["optimization_step"])
 
 
 class StopSignal:
