@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from dfu_diffusers import hub
 from dfu_diffusers.data.resolutions import format_resolution
+from dfu_diffusers.files import write_atomically
 from dfu_diffusers.pipelines.octaves import octave_scheduler
 from dfu_diffusers.training import checkpoints, setup
 from dfu_diffusers.training.checkpoints import CheckpointError
@@ -39,7 +40,7 @@ from dfu_diffusers.training.step import (
     full_tensor,
     next_batch,
     workers,
-)  # fmt: skip
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 FP16_HALVINGS = 24  # the gradient scaler finds its scale by halving one that overflows, from 2^16 on
@@ -103,10 +104,8 @@ class Run:
                 done, size = step + 1, self.sampler.resolution(step)
                 reporter.log(done, size, loss, grad_norm, self.lr_scheduler.get_last_lr()[0])
                 if nonfinite == patience:
-                    raise CheckpointError(
-                        f"Stopped after {nonfinite} steps in a row without a finite loss: the learning rate "
-                        f"{args.learning_rate} may be too high. {self.output} holds the checkpoints before."
-                    )
+                    what = f"Stopped after {nonfinite} steps in a row without a finite loss"
+                    raise checkpoints.diverged(what, args)
 
                 if done == end or done % args.checkpointing_steps == 0 or stopping:
                     if math.isfinite(loss):  # otherwise its weights are none to go on from
@@ -184,7 +183,7 @@ class Run:
         args = self.args
         if self.accelerator.is_main_process:
             if self.part == "unet":  # the card shows how to generate with it
-                (self.output / "README.md").write_text(self.card(), encoding="utf-8")
+                write_atomically(self.output / "README.md", self.card())
             if args.push_to_hub:
                 print(f"Pushed to {hub.push_folder(self.output, args.hub_model_id)}.")
         self.accelerator.wait_for_everyone()
@@ -210,7 +209,10 @@ class Run:
             time=str(datetime.timedelta(seconds=round(float(rows[-1]["seconds"])))),
             final_loss=sum(recent) / len(recent) if recent else None,
             validation={row["resolution"]: float(row["loss"]) for row in self.reporter.held_out.rows} or None,
-            **{name: vars(args)[f"hub_{name}"] for name in ("license", "advised_sizes", "limits")},
+            license=args.hub_license,
+            advised_sizes=args.hub_advised_sizes,
+            limits=args.hub_limits,
+            commit=facts["commit"],
         )
 
 

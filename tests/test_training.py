@@ -23,16 +23,11 @@ def test_steps_equal_a_textbook_loop(tmp_path, max_pixels):
     but for noise levels, which are float32. By SGD: Adam would turn the rounding of a small gradient into a step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     options = [
-        "--model_config",
-        str(train_dfu.CONFIGS / "tiny.json"),
-        "--resolutions",
-        "8",
-        "6x9",
-        "--batch_size",
-        "6",
-    ]
-    options += ["--batch_size", "6", "--max_pixels_per_batch", str(max_pixels), "--max_grad_norm", "0.5"]
-    run = train_dfu.Run(train_dfu.parse_args([*options, "--report_to", "none"], train_dfu.CONFIGS))
+        "--model_config", str(train_dfu.CONFIGS / "tiny.json"), "--resolutions", "8", "6x9", "--batch_size", "6",
+        "--max_pixels_per_batch", str(max_pixels), "--max_grad_norm", "0.5", "--output_dir", str(tmp_path),
+        "--report_to", "none",
+    ]  # fmt: skip
+    run = train_dfu.Run(train_dfu.parse_args(options, train_dfu.CONFIGS))
     run.model.double()
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
     batches = ({"image": torch.stack([image(draw) for draw in draws])} for draws in run.sampler)

@@ -39,11 +39,6 @@ class CheckpointError(RuntimeError):
 # The state of a run
 
 
-def whole_weights(accelerator: Accelerator, model) -> dict[str, torch.Tensor]:
-    """The weights of a prepared model by the names that they have without wrappers. All processes call it."""
-    return {name.replace("_orig_mod.", ""): value for name, value in accelerator.get_state_dict(model).items()}
-
-
 def save_state(accelerator: Accelerator, model, optimizer, folder: Path) -> None:
     """Weights, optimizer and scale of gradients. All processes call it; the main one writes."""
     if accelerator.distributed_type in SHARDED:
@@ -51,9 +46,8 @@ def save_state(accelerator: Accelerator, model, optimizer, folder: Path) -> None
         return
     if not accelerator.is_main_process:
         return
-    save_file(
-        {name: value.contiguous() for name, value in whole_weights(accelerator, model).items()}, folder / WEIGHTS
-    )
+    weights = accelerator.get_state_dict(model).items()  # torch.compile's wrapper has a name of its own
+    save_file({name.replace("_orig_mod.", ""): value.contiguous() for name, value in weights}, folder / WEIGHTS)
     state = optimizer.state_dict()
     tensors, numbers = {}, {}
     for index, values in state["state"].items():
@@ -343,11 +337,7 @@ def _last_whole(checkpoints: list[Path], output: Path) -> Path:
 
 
 def check_architecture(folder: Path, config: dict) -> None:
-    """Refuse a checkpoint whose model differs in what its weights mean.
-
-    Args:
-        folder: a checkpoint with the model's config.json.
-        config: that of the model to load it into.
+    """Refuse a checkpoint whose model, by its config.json, differs from `config` in what its weights mean.
 
     Raises:
         CheckpointError: names the fields that differ, with both values.

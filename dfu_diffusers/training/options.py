@@ -31,12 +31,11 @@ Share, Rank = Annotated[float, number(float, 0, 1)], Annotated[float, number(flo
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
-def option(default, help: str, metavar: str | None = None):
+def option(default, help: str):
     """A field of a group with its line in --help."""
-    metadata = {"help": help, "metavar": metavar}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -45,7 +44,7 @@ class ModelOptions:
 
     model_config: Location | None = option(None, "config.json of a DFUModel or DFURefiner (default: the portraits')")
     init_from: Location | None = option(None, "fine-tune this pipeline, a folder or a Hub id, not a new model")
-    spectral_rank: Rank | None = option(None, "factorise its spectral weights (0.4: about a sixth of them)", "SHARE")
+    spectral_rank: Rank | None = option(None, "factorise its spectral weights (0.4: about a sixth of them)")
     freeze: list[str] = option(
         [], "spatial, spectral, norm, attention, skip, embedding, level:N or level:N.KIND", "GROUP"
     )
@@ -122,13 +121,13 @@ class DeviceOptions:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option(None, "(default: the launcher's)")
     tf32: bool = option(False, "faster float32 matrix products on NVIDIA GPUs")
     gradient_checkpointing: bool = option(False, "less memory, more time")
-    checkpointed_levels: list[Natural] | None = option(None, "of these only: 0, the full image, holds most", "LEVEL")
+    checkpointed_levels: list[Natural] | None = option(None, "of these only: 0, the full image, holds most")
     torch_compile: bool = option(False, "compile the repeated blocks")
 
 
 @dataclass
 class RunOptions:
-    """run: checkpoints and reports"""
+    """run: checkpoints, reports, Hub"""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrules it")
     dry_run: bool = option(False, "check, print model, schedule and memory, and stop")
@@ -139,12 +138,6 @@ class RunOptions:
     resume_from_checkpoint: Location | None = option(None, "a checkpoint folder, or 'latest'")
     report_images: Count = option(32_000, "sample and validate every so many images")
     report_to: str = option("tensorboard", "a tracker of Accelerate (wandb, ...), or none")
-
-
-@dataclass
-class HubOptions:
-    """Hub and model card"""
-
     push_to_hub: bool = option(False, "upload the pipeline with a model card at the end")
     hub_model_id: str | None = option(None, "repository (default: name of --output_dir)")
     hub_private: bool = option(False, "create it as a private one")
@@ -154,10 +147,8 @@ class HubOptions:
 
 
 @dataclass
-class Options(
-    HubOptions, RunOptions, DeviceOptions, OptimizerOptions, LossOptions, BatchOptions, DataOptions, ModelOptions
-):
-    """All options of a run. They are fields of this one object; a function that takes a group's type takes it, too."""
+class Options(RunOptions, DeviceOptions, OptimizerOptions, LossOptions, BatchOptions, DataOptions, ModelOptions):
+    """All options of a run, as fields of one object."""
 
 
 GROUPS = Options.__bases__[::-1]
@@ -173,11 +164,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     for group in GROUPS:
         section = parser.add_argument_group(group.__doc__)
         for field in dataclasses.fields(group):
-            help, metavar = field.metadata["help"], field.metadata["metavar"]
+            help = field.metadata["help"]
             if field.default and field.default is not dataclasses.MISSING:
                 help += f" (default: {field.default})"
-            names = {"metavar": metavar} if metavar else {}
-            section.add_argument(f"--{field.name}", help=help, **names, **_reading(TYPES[field.name]))
+            section.add_argument(f"--{field.name}", help=help, **_reading(TYPES[field.name]))
     return parser
 
 
@@ -204,9 +194,9 @@ def parse_args(argv: list[str], configs: Path, description: str | None = None) -
     """
     parser = build_parser(description)
     try:
-        args = _parse(parser, argv)
+        args = Options(**vars(parser.parse_args(argv)))
         if args.config:
-            args = _parse(parser, words_of_file(args.config) + argv)
+            args = Options(**vars(parser.parse_args(words_of_file(args.config) + argv)))
         check(args)
         args.model_config = args.model_config or str(configs / "portraits.json")
         if not Path(args.model_config).is_file():
@@ -215,10 +205,6 @@ def parse_args(argv: list[str], configs: Path, description: str | None = None) -
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def _parse(parser: argparse.ArgumentParser, words: list[str]) -> Options:
-    return Options(**vars(parser.parse_args(words)))
 
 
 def words_of_file(path: str) -> list[str]:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 import dfu_diffusers
 
-from .. import DFUPipeline, DFURefiner, DFUSuperResolutionPipeline
+from .. import DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionPipeline, EDMHeunScheduler
 from ..command_line import device_name, git_commit
 from ..data.resolutions import MixedResolutionBatchSampler, Size, format_resolution, source_size
 from ..files import write_atomically
@@ -36,16 +36,12 @@ class Reporter:
     """Tables of losses and trackers, a row for each step; and reports: the pipeline with averaged weights, samples
     from it, and its loss on held-out images. All processes call the methods, the main one writes.
 
-    Args:
-        args, accelerator, averages, scheduler, data: of the run, which writes to `args.output_dir`.
-        command: that started it, for run.json.
-        network: as it was before it was prepared.
-        validation: the loss on held-out images, or None.
+    It takes parts of the run, with `network` as it was before it was prepared, and `command`, that started the run.
     """
 
     def __init__(
-        self, args: Options, command: str, accelerator: Accelerator, network, averages: WeightAverages, scheduler,
-        data: Data, validation: ValidationLoss | None,
+        self, args: Options, command: str, accelerator: Accelerator, network: DFUModel | DFURefiner,
+        averages: WeightAverages, scheduler: EDMHeunScheduler, data: Data, validation: ValidationLoss | None,
     ):  # fmt: skip
         self.args, self.command, self.output = args, command, Path(args.output_dir)
         self.accelerator, self.main = accelerator, accelerator.is_main_process
@@ -175,11 +171,16 @@ class Reporter:
             self.accelerator.log({f"validation/{name}": values[0].item()}, step=done)
 
     def _samples(self, pipe: DFUPipeline) -> Image.Image | None:
-        """Samples, or held-out images enlarged by a refiner; None without such images."""
+        """Samples, or held-out images enlarged by a refiner from half of the smallest resolution; None without any."""
         args, held_out = self.args, self.data.held_out
-        if isinstance(self.network, DFURefiner):
-            return None if held_out is None else enlargement_sheet(pipe, _small_images(args, held_out), args.seed)
-        return sample_sheet(pipe, sheet_sizes(args.resolutions + args.upsample_resolutions), args.seed)
+        if not isinstance(self.network, DFURefiner):
+            return sample_sheet(pipe, sheet_sizes(args.resolutions + args.upsample_resolutions), args.seed)
+        if held_out is None:
+            return None
+        size = tuple(side // 2 for side in min(args.resolutions, key=math.prod))
+        source = source_size(size, [size], args.source_resolution)
+        items = held_out.__getitems__([(i, source) for i in range(min(6, len(held_out)))])
+        return enlargement_sheet(pipe, fit_size(torch.stack([item["image"] for item in items]), size), args.seed)
 
     def _track(self, sheet: Image.Image, done: int) -> None:
         for tracker in self.accelerator.trackers:
@@ -188,20 +189,12 @@ class Reporter:
                 tracker.log_images({"samples": np.asarray(sheet)[None]}, step=done, **layout)
 
 
-def _small_images(args: Options, held_out) -> torch.Tensor:
-    """(count, channels, height, width): six images, half as large as the smallest resolution."""
-    size = tuple(side // 2 for side in min(args.resolutions, key=math.prod))
-    source = source_size(size, [size], args.source_resolution)
-    items = held_out.__getitems__([(i, source) for i in range(min(6, len(held_out)))])
-    return fit_size(torch.stack([item["image"] for item in items]), size)
-
-
 def describe(args: Options, network, data: Data, sampler: MixedResolutionBatchSampler) -> str:
     """Model, data, schedule and memory of a run, as --dry_run prints them."""
     steps = range(sampler.first_step, args.max_train_steps)
     drawn = Counter(sampler.resolution(step) for step in steps)
-    lines = [summary(network), f"Data: {data}."]
-    lines += [f"{len(steps)} steps of {args.batch_size} images, {len(steps) * args.batch_size} in all:"]
+    schedule = f"{len(steps)} steps of {args.batch_size} images, {len(steps) * args.batch_size} in all:"
+    lines = [summary(network), f"Data: {data}.", schedule]
     for size in sorted(drawn, key=math.prod):
         step = next(step for step in steps if sampler.resolution(step) == size)
         micro = sampler.micro_batch_sizes(step)
@@ -209,8 +202,9 @@ def describe(args: Options, network, data: Data, sampler: MixedResolutionBatchSa
             f"  {format_resolution(size):>9}: {drawn[size]} steps, {len(micro)} x {max(micro)} images a process, "
             f"about {activation_bytes(network, max(micro), size) / 2**30:.2f} GiB of activations in float32"
         )
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    weights = sum(p.numel() for p in network.parameters())
+    trained, weights = (
+        sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (False, True)
+    )
     copies = 4 * (weights * (2 + len(args.power_ema)) + 3 * trained)
     lines.append(f"weights, averages, gradients and Adam's moments: {copies / 2**30:.2f} GiB in float32")
     return "\n".join(lines)

@@ -136,6 +136,7 @@ class Data:
             small_images=args.small_images,
             min_size=tuple(map(max, zip(*self.sizes))),
         )
+        self.crops = dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
         # One process a machine unpacks, converts and resizes; the others then find it done.
         with accelerator.local_main_process_first():
             table = load_table(
@@ -155,11 +156,10 @@ class Data:
 
     def _table(self, table) -> None:
         args = self.args
-        options = self.options | dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
-        self.train = ImageDataset(table, **options)
+        self.train = ImageDataset(table, **self.options, **self.crops)
         if args.cache_dir and not args.dry_run:
             cache = build_cache(self.train, self.sizes, args.cache_dir, args.num_workers)
-            self.train = ImageDataset(table, **options, cache=cache)
+            self.train = ImageDataset(table, **self.options, **self.crops, cache=cache)
         self.class_names, self.fingerprint = self.train.class_names, self.train.fingerprint
         if held_out := min(args.num_validation_images, len(self.train) // 10):
             self.train, self.held_out = self.train.split(held_out, args.seed)
@@ -212,8 +212,7 @@ class Data:
         args, data = self.args, dict(batch_sampler=sampler)
         images = self.train
         if self.is_stream:
-            crops = dict(random_crop=args.random_crop, random_flip=args.random_flip, seed=args.seed)
-            images, data = ImageStream(self.train, sampler, **self.options, **crops), dict(batch_size=None)
+            images, data = ImageStream(self.train, sampler, **self.options, **self.crops), dict(batch_size=None)
         return DataLoader(
             images, **data, num_workers=args.num_workers, worker_init_fn=ignore_signals, pin_memory=pin_memory
         )
