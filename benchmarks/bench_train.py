@@ -56,8 +56,9 @@ def step_seconds(run, size: int) -> list[tuple[float, float]]:
 
     def script(done):
         loss, grad_norm, _ = run.step(done - 1, batches)
+        run.lr_scheduler.step()
         run.averages.step()
-        run.reporter.log(done, (size, size), loss, grad_norm, run.args.learning_rate)
+        run.reporter.log(done, (size, size), loss, grad_norm, run.lr_scheduler.get_last_lr()[0])
 
     def seconds(function, done):
         started = time.perf_counter()

@@ -1,8 +1,10 @@
 """The training script, end to end on the tiny preset."""
 
 import csv
+import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,6 +27,7 @@ from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionP
 from dfu_diffusers.data.portraits import PortraitDataset
 from dfu_diffusers.data.resolutions import MixedResolutionBatchSampler
 from dfu_diffusers.training import losses as losses_module
+from dfu_diffusers.training import options as options_module
 from dfu_diffusers.training import reporter
 from dfu_diffusers.training import setup as training_setup
 from dfu_diffusers.training.checkpoints import sole_user
@@ -801,6 +804,7 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
     path.write_text("batch_size: 16\nlearning_rate: 5e-4\nresolutions: [32, 48x64]\nmixed_precision: no\ntf32: true\n")
     args = parse("--config", path, "--batch_size", "8")
     assert (args.batch_size, args.learning_rate, args.tf32, args.mixed_precision) == (8, 5e-4, True, "no")
+    assert args.max_train_steps == 2000 and args.freeze == []
     assert args.resolutions == [(32, 32), (48, 64)]
     assert not parse("--config", path, "--no-tf32").tf32
     for text, message in [
@@ -814,6 +818,26 @@ def test_a_file_of_options_comes_before_the_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(f"--config={path}")
         assert message in capsys.readouterr().err
+
+
+def test_options_that_are_gone_are_refused_in_a_file(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("optimizer: adam\nbatch_size: 8\n")
+    with pytest.raises(SystemExit) as error:
+        parse("--config", tmp_path / "options.yaml")
+    assert error.value.code == 2 and "no option 'optimizer'" in capsys.readouterr().err
+
+
+def test_help_has_a_line_for_each_option_in_its_group(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse("--help")
+    text = capsys.readouterr().out
+    titles = [group.__doc__ for group in options_module.GROUPS]
+    starts = [text.index(f"\n{title}:\n") for title in titles]
+    assert error.value.code == 0 and starts == sorted(starts)
+    for group, start, end in zip(options_module.GROUPS, starts, [*starts[1:], len(text)]):
+        for field in dataclasses.fields(group):
+            assert re.search(rf"^  --{field.name}\b", text[start:end], re.M), field.name
+    assert "(default: 2000)" in " ".join(text.split())
 
 
 def test_what_the_launcher_and_the_shell_would_do(tmp_path, monkeypatch, capsys):

@@ -314,8 +314,8 @@ def build_optimizer(args: Options, network) -> tuple[torch.optim.Adam, torch.opt
     """Adam over the parameters that train (frozen ones cost no memory), and the schedule of its learning rate, which
     stays unprepared: Accelerate would step it once for each process, and our steps count the global batch."""
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=args.learning_rate)
-    warmup = -(-args.lr_warmup_images // args.batch_size)
-    return optimizer, get_scheduler(args.lr_scheduler, optimizer, warmup, args.max_train_steps)
+    warmup, steps = -(-args.lr_warmup_images // args.batch_size), args.max_train_steps
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, None, warmup, steps)
 
 
 def set_learning_rate(lr_scheduler, optimizer, step: int, rate: float) -> None:
