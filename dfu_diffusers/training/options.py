@@ -45,9 +45,7 @@ class ModelOptions:
     model_config: Location | None = option(None, "config.json of a DFUModel or DFURefiner (default: the portraits')")
     init_from: Location | None = option(None, "fine-tune this pipeline, a folder or a Hub id, not a new model")
     spectral_rank: Rank | None = option(None, "factorise its spectral weights (0.4: about a sixth of them)")
-    freeze: list[str] = option(
-        [], "spatial, spectral, norm, attention, skip, embedding, level:N or level:N.KIND", "GROUP"
-    )
+    freeze: list[str] = option([], "spatial, spectral, norm, attention, skip, embedding, level:N, level:N.KIND")
 
 
 @dataclass
