@@ -149,11 +149,12 @@ class Reporter:
         self.accelerator.wait_for_everyone()
 
     def _pipeline(self, weights: dict[str, torch.Tensor]) -> DFUPipeline:
+        refines = isinstance(self.network, DFURefiner)  # FSDP gives it a class of its own
         with torch.device("meta"):
-            model = type(self.network).from_config(self.network.config)
+            model = (DFURefiner if refines else DFUModel).from_config(self.network.config)
         model.load_state_dict(weights, assign=True)
         model = model.to(self.accelerator.device).eval()
-        if isinstance(model, DFURefiner):
+        if refines:
             pipe = DFUSuperResolutionPipeline(None, self.scheduler, refiner=model)
         else:
             pipe = DFUPipeline(model, self.scheduler)
