@@ -21,7 +21,6 @@ import platform
 import shlex
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import accelerate
@@ -210,16 +209,16 @@ class Run:
 
     def describe(self) -> str:
         """Model, data, schedule and memory, as --dry_run prints them."""
-        args, steps = self.args, range(self.start, self.args.max_train_steps)
-        drawn = Counter(self.sampler.resolution(step) for step in steps)
+        args, steps = self.args, self.args.max_train_steps - self.start
+        expected = self.sampler.expected_steps()
         lines = [summary(self.network), f"Data: {self.data}."]
-        lines += [f"{len(steps)} steps of {args.batch_size} images, {len(steps) * args.batch_size} in all:"]
-        for size in sorted(drawn, key=math.prod):
-            step = next(step for step in steps if self.sampler.resolution(step) == size)
-            micro = self.sampler.micro_batch_sizes(step)
+        lines += [f"{steps} steps of {args.batch_size} images, {steps * args.batch_size} in all, on average:"]
+        for size in sorted(expected, key=math.prod):
+            micro = self.sampler.micro_batch_sizes(size)
             lines.append(
-                f"  {format_resolution(size):>9}: {drawn[size]} steps, {len(micro)} x {max(micro)} images a process, "
-                f"about {activation_bytes(self.network, max(micro), size) / 2**30:.2f} GiB of activations in float32"
+                f"  {format_resolution(size):>9}: {expected[size]:.0f} steps, {len(micro)} x {max(micro)} images a "
+                f"process, about {activation_bytes(self.network, max(micro), size) / 2**30:.2f} GiB of activations "
+                f"in float32"
             )
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
         weights = sum(p.numel() for p in self.network.parameters())

@@ -89,14 +89,15 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     training.add_argument("--batch_size", type=count, default=32, help="images per step, over all processes together")
     training.add_argument("--max_train_steps", type=count, default=2000)
     training.add_argument("--optimizer", choices=["adam", "adamw", "adam8bit"], default="adam")
-    training.add_argument("--learning_rate", type=positive, default=1e-3)
-    training.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="of adamw")
+    training.add_argument("--learning_rate", type=number(float, 0, 1e30, open_low=True), default=1e-3)
+    training.add_argument("--weight_decay", type=number(float, 0, 1e6), default=0.01, help="of adamw")
     training.add_argument("--lr_scheduler", default="cosine", choices=SCHEDULES)
     training.add_argument("--lr_warmup_images", type=natural, default=3200, help="(not of `constant`)")
     training.add_argument("--max_grad_norm", type=positive, default=1.0)
     training.add_argument("--max_nonfinite_steps", type=count, default=10, help="stop after so many in a row")
-    training.add_argument("--p_mean", type=float, help="mean of ln sigma (default: -1.2, of a refiner -2.3)")
-    training.add_argument("--p_std", type=positive, help="its standard deviation (default: 1.2, of a refiner 1.4)")
+    level, spread = number(float, -50, 50), number(float, 0, 50, open_low=True)
+    training.add_argument("--p_mean", type=level, help="mean of ln sigma (default: -1.2, of a refiner -2.3)")
+    training.add_argument("--p_std", type=spread, help="its standard deviation (default: 1.2, of a refiner 1.4)")
     training.add_argument(
         "--label_dropout", type=number(float, 0, 1), default=0.0,
         help="share of images without their label, for classifier-free guidance (0.1, say)",
@@ -117,7 +118,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="--gradient_checkpointing of these levels only: 0, the full image, holds most",
     )  # fmt: skip
     training.add_argument("--torch_compile", **SWITCH, help="compile the repeated blocks")
-    training.add_argument("--seed", type=natural, default=0)
+    training.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=path, default="outputs/dfu-portraits")
