@@ -90,6 +90,13 @@ def test_flipped_bits_are_noticed(saved, say, count):
     assert noticed == count
 
 
+def test_an_average_that_is_not_finite_is_noticed(new_run):
+    run = new_run()
+    assert run.averages.are_finite()
+    run.averages.averages["ema"].shadow_params[-1].view(-1)[-1] = float("nan")
+    assert not run.averages.are_finite()
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "{", "null"])
 def test_json_of_another_shape_is_named(saved, new_run, text):
     folder = saved[1]
