@@ -114,6 +114,7 @@ def attack_everywhere(folder: Path) -> list:
     """(name, zipped, refused, ran) for each name, both forms, in this process of several."""
     run = SmallRun()
     checkpoint = run.save(folder, 3)
+    run.accelerator.wait_for_everyone()  # the main process names it last
     trap = folder / f"ran-{os.getpid()}"
     return [
         (name, zipped, *attack(run, checkpoint, name, zipped, trap))

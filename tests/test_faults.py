@@ -260,7 +260,10 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_p
     results = interrupt("SIGKILL", count, 5, tmp_path / "killed", "--num_workers", 1)
     assert results["ends"] == [None] * count and results["damaged"] == []
     same = goes_on_to_the_bit(results, tmp_path / "killed", tmp_path / "whole")
-    say(f"{count} kills of one training: no checkpoint damaged, {'the same' if same else 'OTHER'} bits at its end")
+    say(
+        f"{count} kills of one training of {results['step'] + 2} steps: no checkpoint damaged, "
+        f"{'the same' if same else 'OTHER'} bits at its end"
+    )
     assert same
 
 
