@@ -312,7 +312,8 @@ class Run:
         )
         self.accelerator.print(summary(self.network))
         self.accelerator.print(f"Data: {self.data}.")
-        if self.args.lr_warmup_images > self.args.max_train_steps * self.args.batch_size:
+        images = self.args.max_train_steps * self.args.batch_size
+        if self.args.lr_scheduler != "constant" and self.args.lr_warmup_images > images:
             self.accelerator.print("The learning rate will not rise to its full value: --lr_warmup_images is longer.")
         if self.main:
             self._begin_tables()

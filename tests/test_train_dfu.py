@@ -839,8 +839,9 @@ def test_what_the_launcher_and_the_shell_would_do(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="fp16 needs a GPU"):
         run(*TINY, "--output_dir", tmp_path / "run", "--dry_run")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    train(tmp_path / "run", "--max_train_steps", 1, "--lr_warmup_images", 5)
-    assert "--lr_warmup_images is longer" in capsys.readouterr().out
+    for schedule, warns in ("cosine", True), ("constant", False):  # which has no warm-up
+        train(tmp_path / schedule, "--max_train_steps", 1, "--lr_warmup_images", 5, "--lr_scheduler", schedule)
+        assert ("--lr_warmup_images is longer" in capsys.readouterr().out) is warns
 
 
 @pytest.mark.parametrize("preset", sorted(train_dfu.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
