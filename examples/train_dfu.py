@@ -27,7 +27,6 @@ from safetensors import SafetensorError
 from dfu_diffusers import hub
 from dfu_diffusers.data.resolutions import format_resolution
 from dfu_diffusers.files import write_atomically
-from dfu_diffusers.pipelines.octaves import octave_scheduler
 from dfu_diffusers.training import checkpoints, setup
 from dfu_diffusers.training.checkpoints import CheckpointError
 from dfu_diffusers.training.options import Options, parse_args
@@ -66,7 +65,7 @@ class Run:
         # Network, and the scalings around it.
         self.network = setup.build_network(args, self.part, config, self.data, self.checkpoint)
         self.scheduler = setup.build_scheduler(args)
-        scalings = octave_scheduler(self.scheduler, self.network) if self.part == "refiner" else self.scheduler
+        scalings = setup.build_scalings(self.scheduler, self.network)
         validation = setup.build_validation(args, self.part, scalings, self.data.held_out)
         if args.dry_run:
             return

@@ -15,9 +15,9 @@ in each octave (octave_steps=1).
 
 PSNR in dB and SSIM (torchmetrics) compare each image with its truth: higher is better, and smooth images win. The
 feature distance is the mean distance between the extractor's features of an image and of its truth, relative to that
-between two truths: lower is better. Frechet and kernel distance (KID times 1000) compare the sets: lower is better; the
-first needs more images than features. Consistency error: largest difference of an 8-bit result, area-averaged to the
-input's size, from the input, in 1/255.
+between two truths: lower is better. Frechet and kernel distance (KID times 1000) compare the sets: lower is better, and
+the first needs more images than features. Consistency error: largest difference of an 8-bit result, area-averaged to
+the input's size, from the input, in 1/255.
 """
 
 import argparse
@@ -46,8 +46,7 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANC
 
 
 def squares(folder: Path, count: int, size: int | None) -> np.ndarray:
-    """Middle squares of a folder's first pictures, area-averaged to size x size; None for their own size, which is that
-    of the smallest."""
+    """Middle squares of a folder's first pictures, area-averaged to size x size; None for the size of the smallest."""
     paths = sorted(folder.iterdir())[:count]
     pictures = [read_image({"path": str(path), "bytes": None}, "RGB") for path in paths]
     side = min(min(picture.size) for picture in pictures)

@@ -91,3 +91,14 @@ def redraw(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What test_faults.py counted, also where the output of tests is not shown."""
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    lines = [text for call in calls for name, text in call.user_properties if name == "faults"]
+    if lines:
+        terminalreporter.section("injected faults")
+        for line in lines:
+            terminalreporter.write_line(line)

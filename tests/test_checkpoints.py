@@ -1,20 +1,12 @@
-"""Checkpoints: whole or not there, and refused when damaged or of another model."""
+"""Checkpoints: whole or not there, and refused when damaged or of another model; test_faults.py does the damage."""
 
 import errno
 import json
-import os
-import pickle
-import resource
-import signal
 import subprocess
 import sys
-import textwrap
 
-import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from dfu_diffusers.training.checkpoints import (
     CheckpointError,
@@ -22,17 +14,11 @@ from dfu_diffusers.training.checkpoints import (
     choose_checkpoint,
     find_checkpoints,
     find_corruption,
-    load_state,
-    read_object,
-    readable,
     replace_contents,
     save_checkpoint,
-    save_state,
     set_aside,
     sole_user,
 )
-from dfu_diffusers.training.ema import HalfLifeEMA
-from dfu_diffusers.training.step import WeightAverages
 
 
 @pytest.fixture
@@ -171,153 +157,6 @@ def test_another_architecture_is_named_field_by_field(make_model, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["conv_type"] == "dual"
 
 
-# --- The state of a run ---
-
-
-@pytest.fixture
-def prepared(make_model):
-    """Makes an accelerator with a model and an optimizer that has taken three steps."""
-
-    def make(steps=3):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator, model = Accelerator(cpu=True), make_model()
-        model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-3))
-        averages = WeightAverages(accelerator, model, {"ema": lambda p: HalfLifeEMA(p, 4, 100)})
-        for _ in range(steps):
-            sum(p.square().sum() for p in model.parameters()).backward()
-            optimizer.step(), optimizer.zero_grad(), averages.step()
-        return accelerator, model, optimizer, averages
-
-    return make
-
-
-@pytest.fixture
-def checkpoint(prepared, tmp_path):
-    """A whole checkpoint-3 of it."""
-    accelerator, model, optimizer, averages = prepared()
-
-    def save(folder):
-        save_state(accelerator, model, optimizer, folder)
-        averages.save(folder)
-
-    return save_checkpoint(accelerator, tmp_path, 3, save, 9), model, optimizer
-
-
-def load(folder, accelerator, model, optimizer, averages):
-    with readable(folder):
-        load_state(accelerator, model, optimizer, folder)
-        averages.load(folder)
-
-
-def test_the_state_comes_back_to_the_bit(checkpoint, prepared):
-    folder, model, optimizer = checkpoint
-    fresh = prepared(steps=1)
-    load(folder, *fresh)
-    for name, value in model.state_dict().items():
-        assert torch.equal(fresh[1].state_dict()[name], value)
-    saved, loaded = optimizer.state_dict(), fresh[2].state_dict()
-    assert saved["state"].keys() == loaded["state"].keys()
-    for index, values in saved["state"].items():
-        assert all(torch.equal(loaded["state"][index][name], value) for name, value in values.items())
-    assert loaded["param_groups"][0]["lr"] == 1e-3 and fresh[3].averages["ema"].optimization_step == 3
-    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
-
-
-class Hostile:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-NAMES = [
-    "model.safetensors", "optimizer.safetensors", "optimizer.json", "average-ema.safetensors", "pytorch_model.bin",
-    "optimizer.bin", "scheduler.bin", "sampler.bin", "dl_state_dict.bin", "scaler.pt", "random_states_0.pkl",
-    "custom_checkpoint_0.pkl", "pytorch_model_fsdp.bin",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_no_file_of_a_checkpoint_runs_code(checkpoint, prepared, tmp_path, name, zipped):
-    """At every name that this package or Accelerate looks for, with a manifest that admits it."""
-    folder, trap = checkpoint[0], Hostile(tmp_path / "ran")
-    is_read = (folder / name).exists()
-    (folder / "pytorch_model.bin").exists() or name.startswith("pytorch") and (folder / "model.safetensors").unlink()
-    torch.save(trap, folder / name) if zipped else (folder / name).write_bytes(pickle.dumps(trap))
-    if is_read or name.startswith("pytorch"):
-        with pytest.raises(CheckpointError, match="cannot be (read|resumed from)"):
-            load(folder, *prepared())
-    else:
-        load(folder, *prepared())
-    assert not (tmp_path / "ran").exists()
-    if not zipped:
-        pickle.loads(pickle.dumps(trap))
-        assert (tmp_path / "ran").exists(), "the trap works"
-
-
-def flip(path, position, bit):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
-def test_flipped_bits_are_noticed(checkpoint, count):
-    folder, random = checkpoint[0], np.random.default_rng(0)
-    files = sorted(folder.iterdir())
-    for number in range(count):
-        path = files[number % len(files)]
-        position, bit = int(random.integers(path.stat().st_size)), int(random.integers(8))
-        flip(path, position, bit)
-        assert find_corruption(folder), f"bit {bit} of byte {position} of {path.name}"
-        flip(path, position, bit)
-        assert find_corruption(folder) is None
-
-
-@pytest.mark.parametrize("text", ["[]", "3", "{", "null"])
-def test_json_of_another_shape_is_named(checkpoint, prepared, text):
-    folder = checkpoint[0]
-    (folder / "optimizer.json").write_text(text)
-    with pytest.raises(CheckpointError, match="optimizer.json (cannot be read|must hold a JSON object)"):
-        load(folder, *prepared())
-    (folder / "optimizer.json").write_text('{"groups": 1, "numbers": [2]}')
-    with pytest.raises(CheckpointError, match="cannot be resumed from"):
-        load(folder, *prepared())
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        read_object(folder / "nowhere.json")
-
-
-@pytest.mark.parametrize("limits", [[3_000], pytest.param(range(0, 120_000, 2_000), marks=pytest.mark.slow)])
-def test_a_disk_that_fills_while_a_checkpoint_is_written(prepared, tmp_path, limits):
-    """No file may grow beyond a limit, so that each of the writes fails for one of them."""
-    accelerator, model, optimizer, averages = prepared()
-
-    def save(folder):
-        save_state(accelerator, model, optimizer, folder)
-        averages.save(folder)
-
-    save_checkpoint(accelerator, tmp_path, 1, save, 9)
-    before, failed = resource.getrlimit(resource.RLIMIT_FSIZE), 0
-    for limit in limits:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-            save_checkpoint(accelerator, tmp_path, 2, save, 9)
-        except CheckpointError as error:
-            failed += 1
-            assert "checkpoint-2 could not be written" in str(error) and "checkpoint-1 is intact" in str(error)
-            assert names(tmp_path) == ["checkpoint-1"] and find_corruption(tmp_path / "checkpoint-1") is None
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert failed
-
-
-# --- Two runs, and one that is killed ---
-
-
 def test_a_folder_has_one_user(tmp_path):
     script = f"""if True:
         import pathlib
@@ -330,33 +169,3 @@ def test_a_folder_has_one_user(tmp_path):
         assert other.returncode and "Another run writes to" in other.stderr
     with sole_user(tmp_path):
         pass
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_while_it_replaces_files_it_leaves_old_or_new_ones(tmp_path, kills):
-    """SIGKILL at random moments of a loop that replaces a pipeline."""
-    script = textwrap.dedent(f"""
-        import itertools, pathlib
-        from dfu_diffusers.training.checkpoints import replace_contents
-        def save(folder):
-            (folder / "unet").mkdir(parents=True)
-            (folder / "unet" / "config.json").write_text(text)
-            (folder / "unet" / "weights").write_text(text)
-            (folder / "model_index.json").write_text(text)
-        for number in itertools.count():
-            text = str(number) * 5000
-            replace_contents(pathlib.Path({str(tmp_path)!r}), save)
-            number == 0 and print("begun", flush=True)
-    """)
-    random = np.random.default_rng()
-    for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "begun\n"
-        try:
-            process.wait(timeout=0.3 * random.random())
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        for path in ("unet/config.json", "unet/weights", "model_index.json"):
-            text = (tmp_path / path).read_text()
-            assert text and text == text[: len(text) // 5000] * 5000

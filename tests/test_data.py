@@ -751,6 +751,16 @@ def test_a_killed_build_is_not_taken_for_complete(tmp_path, colourful):
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.parametrize("name", ["sizes.npy", "16x16.npy"])
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not an array at all"])
+def test_a_damaged_cache_is_named(tmp_path, colourful, name, content):
+    dataset = ImageDataset(colourful)
+    cache = build_cache(dataset, SIZES[:1], tmp_path / "cache")
+    (cache.folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged .*: remove .*, to have it built again"):
+        build_cache(dataset, SIZES[:1], tmp_path / "cache").read(SIZES[0], [0])
+
+
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, colourful, monkeypatch):
     resource = pytest.importorskip("resource")
     dataset = ImageDataset(colourful)

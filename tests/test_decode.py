@@ -69,6 +69,16 @@ def test_a_mask_of_sixteen_bits_keeps_its_greys():
     torch.testing.assert_close(mask, torch.tensor([[[[0, 20000, 40000, 65535]]]]) / 65535, atol=0.5 / 255, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "I", "I;16"])
+def test_a_mask_of_zeros_and_ones_is_a_mask(mode):
+    mask = Image.new(mode, (3, 2), 0)
+    mask.putpixel((2, 0), 1)
+    assert read_mask(mask)[0, 0].tolist() == [[0, 0, 1], [0, 0, 0]]
+    mask.getexif()[0x0112] = 6  # to be turned right by a quarter
+    assert read_mask(mask)[0, 0].tolist() == [[0, 0], [0, 0], [0, 1]]
+    assert read_mask(Image.new(mode, (3, 2), 0)).max() == 0
+
+
 def test_colours_of_a_mask_count_by_their_luminance():
     mask = read_mask([Image.new("RGB", (2, 1), "white"), Image.new("P", (2, 1), 0)])
     assert mask.shape == (2, 1, 1, 2) and mask[:, 0, 0, 0].tolist() == [1, 0]

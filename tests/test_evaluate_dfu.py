@@ -1,5 +1,6 @@
 """The evaluation script, end to end with a tiny model and features from a fixed random projection."""
 
+import contextlib
 import json
 import math
 
@@ -366,6 +367,14 @@ def test_damaged_files_and_infinite_pixels_are_named(tmp_path, model, make_model
     (tmp_path / "0000000000.npz").write_bytes(b"PK not quite")
     with pytest.raises(EvaluationError, match="0000000000.npz is damaged .* remove it"):
         collection.missing()
+    np.savez(tmp_path / "0000000000.npz", indices=np.arange(4))
+    whole, random = (tmp_path / "0000000000.npz").read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        flipped = bytearray(whole)
+        flipped[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+        (tmp_path / "0000000000.npz").write_bytes(flipped)
+        with contextlib.suppress(EvaluationError):  # which it is, or else the bit meant nothing
+            assert collection.missing() == []
     pipe = DFUPipeline(make_model(), EDMHeunScheduler())
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """DFUModel among other tools: PEFT, single files, torch.export, ONNX, compilers, offloading, diffusers' training."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -249,7 +250,7 @@ def test_metadata_cannot_ask_for_more_than_lora_layers(make_model, lora, tmp_pat
         {"bias": "all"}, {"peft_type": "LOKR"}, {"modules_to_save": ["conv_in"]}, {"an_option_of_tomorrow": 1},
     ):  # fmt: skip
         save(**odd)
-        with pytest.raises(TypeError, match=f"ask for {next(iter(odd))}, and DFUModel reads r, lora_alpha"):
+        with pytest.raises(TypeError, match=f"ask for {next(iter(odd))}, but only r, lora_alpha"):
             fresh.load_lora_adapter(path)
 
     # What only describes the file is not heeded: "pissa" would rewrite the model's own weights.
@@ -261,12 +262,17 @@ def test_metadata_cannot_ask_for_more_than_lora_layers(make_model, lora, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), make_model().parameters()))
 
 
-def test_lora_is_never_unpickled(make_model, lora, tmp_path):
-    model = make_model()
-    model.add_adapter(lora(ATTENTION))
-    model.save_lora_adapter(tmp_path, safe_serialization=False)
-    with pytest.raises((OSError, ValueError), match="safetensors"):
-        make_model().load_lora_adapter(tmp_path)
+def test_lora_is_never_pickled_nor_unpickled(make_model, make_refiner, lora, tmp_path):
+    for make, modules in ((make_model, ATTENTION), (make_refiner, ["conv1"])):
+        model = make()
+        model.add_adapter(lora(modules))
+        with pytest.raises(ValueError, match="saves safetensors only, but got safe_serialization=False"):
+            model.save_lora_adapter(tmp_path, safe_serialization=False)
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "pytorch_lora_weights.bin").write_bytes(pickle.dumps({"conv": 1}))
+        with pytest.raises((OSError, ValueError), match="safetensors"):
+            make().load_lora_adapter(tmp_path)
+        (tmp_path / "pytorch_lora_weights.bin").unlink()
 
 
 @pytest.mark.slow

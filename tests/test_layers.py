@@ -13,6 +13,7 @@ from sampling import assert_near, relative_error
 
 from dfu_diffusers.models import cpu_kernels
 from dfu_diffusers.models import spectral as spectral_module
+from dfu_diffusers.models.cache import TensorCache
 from dfu_diffusers.models.layers import DFUBlock, DualConv2d
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.models.spectral import SpectralConv2d, _cached_fourier_matrices
@@ -353,6 +354,13 @@ def test_large_weights_pass_in_blocks(size, lowered, monkeypatch):
     layer.weight.requires_grad_(False)  # frozen: only the gradient of x is left to find
     layer(x).square().sum().backward()
     assert x.grad.abs().min() > 0 and layer.weight.grad is None
+
+
+def test_the_cache_of_transforms_is_bounded_by_bytes():
+    cached = TensorCache(torch.zeros, max_bytes=100)
+    for count in range(1, 20):
+        cached(count)
+    assert cached.bytes == 76 and cached(19) is cached(19)  # the last one, of 76 bytes, leaves no room for another
 
 
 def test_large_weights_under_torch_func(monkeypatch):

@@ -575,6 +575,9 @@ def test_layerwise_casting(make_model, compute):
     model.to(compute)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
     assert model.embedding_in.weight.dtype == torch.float8_e4m3fn
+    spectral = {name: p.dtype for name, p in model.named_parameters() if name.endswith("spectral.weight")}
+    inner = {name: dtype for name, dtype in spectral.items() if not name.startswith(("conv_in", "conv_out"))}
+    assert inner and set(inner.values()) == {torch.float8_e4m3fn} and spectral["conv_in.spectral.weight"] == compute
     result = model(x.to(compute), -0.4).sample
     assert result.dtype == compute
     assert relative_error(result, expected) < 0.15

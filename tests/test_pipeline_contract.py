@@ -293,22 +293,55 @@ def test_model_offload(make, monkeypatch):
 # --- Nothing leaks ---
 
 
-@pytest.mark.parametrize("default", ["dtype", "device", "deterministic", "inference mode"])
-def test_global_state_changes_no_picture(pipe, default):
-    expected, arguments = sample(pipe), {**inputs(pipe, [0]), "generator": seeded(0)}
+def without_autocast(pipe, monkeypatch):
+    """Keep autocast from the networks, whose precision it is meant to change: all else is left to it."""
+    for model in (pipe.unet, pipe.refiner):
+        if model is not None:
+            monkeypatch.setattr(model, "forward", torch.autocast("cpu", enabled=False)(model.forward))
+
+
+@contextlib.contextmanager
+def global_state(name):
+    """Something that is not as PyTorch sets it, as long as this lasts."""
     with contextlib.ExitStack() as stack:
-        if default == "dtype":
+        if name == "dtype":
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)
-        elif default == "device":
+        elif name == "device":
             stack.enter_context(torch.device("meta"))
-        elif default == "deterministic":
+        elif name == "deterministic":
             stack.callback(torch.use_deterministic_algorithms, False)
             torch.use_deterministic_algorithms(True)
-        else:
+        elif name == "threads":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(torch.get_num_threads() + 2)
+        elif name == "seed":
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(5)
+        elif name == "no gradients":
+            stack.enter_context(torch.set_grad_enabled(False))
+        elif name == "inference mode":
             stack.enter_context(torch.inference_mode())
+        else:
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        yield
+
+
+STATES = ["dtype", "device", "deterministic", "threads", "seed", "no gradients", "inference mode", "autocast"]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_global_state_changes_no_picture_and_is_left_as_it_was(pipe, monkeypatch, name):
+    options = {"consistency": True} if isinstance(pipe, DFUSuperResolutionPipeline) else {}
+    expected, arguments = sample(pipe, **options), {**inputs(pipe, [0]), **options, "generator": seeded(0)}
+    if name == "autocast":
+        without_autocast(pipe, monkeypatch)
+    with global_state(name):
+        before = torch.get_rng_state(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         result = pipe(**arguments, num_inference_steps=STEPS, octave_steps=STEPS, output_type="latent").images
+        after = torch.get_rng_state(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
     assert_near(result.clone(), expected)
+    assert not result.requires_grad and torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
 def test_threads_that_share_a_network_each_get_their_own_picture(pipe, pipeline_class):
@@ -343,19 +376,31 @@ def test_threads_that_share_a_network_each_get_their_own_picture(pipe, pipeline_
 # --- Nothing silent ---
 
 
-def test_values_that_are_not_finite_are_told_with_the_step(pipe):
-    model = pipe.unet if pipe.unet is not None else pipe.refiner
-    with torch.no_grad():
-        next(model.parameters()).fill_(math.nan)
-    with pytest.raises(ValueError, match=rf"Network call 1 of {calls(pipe)} gave values that are not finite"):
-        sample(pipe)
-    seen = []
+@pytest.mark.parametrize("network", ["unet", "refiner"])
+def test_values_that_are_not_finite_are_told_after_the_stage_that_made_them(pipe, network):
+    """With network, size and step; later stages are not begun."""
+    model, own, seen = getattr(pipe, network), [], []
+    if model is None:
+        pytest.skip("this pipeline has none")
 
     def poison(module, args, output):
-        seen.append(1)
-        return (output[0] * (math.inf if len(seen) == 3 else 0),)
+        own.append(1)
+        return (output[0] * (math.nan if len(own) == 3 else 1),)  # a second step, for Heun has two calls to each
 
-    with model.register_forward_hook(poison), pytest.raises(ValueError, match="Network call [13] of"):
+    enlarges = pipe.unet is None
+    size = SIZE if pipe.refiner is None or enlarges else (4, 4) if network == "unet" else (7, 8)
+    begin = 1 if calls(pipe) == 5 else 0  # steps left out, with `strength`
+    message = f"`{network}` at {size[0]}x{size[1]} gave values that are not finite in step {begin + 2} of {STEPS}"
+    with spy_all(pipe, lambda *_: seen.append(1)), model.register_forward_hook(poison):
+        with pytest.raises(ValueError, match=message):
+            sample(pipe)
+    assert len(seen) == (7 + 7 if network == "refiner" and not enlarges else 7 - 2 * begin)
+
+
+def test_weights_that_are_not_finite_are_told(pipe):
+    with torch.no_grad():
+        next((pipe.unet or pipe.refiner).parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite in step [12] of 4: its weights are damaged, or float16 overflow"):
         sample(pipe)
 
 

@@ -209,6 +209,7 @@ def test_forms_of_a_mask(pipe):
     array = mask.numpy()
     grey = Image.fromarray(array.astype(np.uint8) * 255)
     forms = [array, array.astype(np.uint8) * 255, array.astype(np.float32), grey, grey.convert("RGB"), mask[None]]
+    forms += [mask.to(dtype) for dtype in (torch.uint8, torch.int64)] + [array.astype(np.uint16)]  # 0 and 1
     for form in [*forms, mask.float() * 0.1 + 0.45, [grey, grey], mask.expand(2, 1, 12, 9), array[None, ..., None]]:
         assert_near(repaint(pipe, image, form), expected)
 
@@ -231,7 +232,8 @@ def test_a_mask_for_each_image(pipe):
         (torch.zeros(3, 1, 12, 9), ValueError, "one for each of the 2 images, .* but got 3 of 12x9"),
         (torch.zeros(3, 12, 9), ValueError, "`mask_image` must have 1 channel"),
         (torch.full((12, 9), 255.0), ValueError, r"`mask_image` must hold floats in \[0, 1\]"),
-        (torch.ones(12, 9, dtype=torch.uint8), ValueError, "marks no pixel: .* highest value is 0.003922"),
+        (torch.full((12, 9), 2, dtype=torch.uint8), ValueError, "marks no pixel: .* highest value is 0.007843"),
+        (Image.new("I", (9, 12), 128), ValueError, "marks no pixel: .* highest value is 0.00195"),
         (torch.zeros(12, 9, dtype=torch.long), TypeError, "`mask_image` must hold bytes"),
         ([], ValueError, "`mask_image` must be at least one image"),
         (None, TypeError, "`mask_image` must be a PIL image"),

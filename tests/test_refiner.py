@@ -140,13 +140,18 @@ def test_gradient_checkpointing_changes_nothing(refiner):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_lora(refiner):
+def test_lora(make_refiner, tmp_path):
     peft = pytest.importorskip("peft")
-    x = draw(1, 3, 8, 8)
+    refiner, x = make_refiner(hidden_channels=12), draw(1, 3, 8, 8)
     with torch.no_grad():
         before = refiner(x, 0.1, x).sample
         refiner.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1", "conv2"], init_lora_weights=False))
-        assert (refiner(x, 0.1, x).sample - before).abs().max() > 1e-4
+        adapted = refiner(x, 0.1, x).sample
+        assert (adapted - before).abs().max() > 1e-4
+        refiner.save_lora_adapter(tmp_path)
+        other = make_refiner(hidden_channels=12)  # of the same weights
+        other.load_lora_adapter(tmp_path)
+        torch.testing.assert_close(other(x, 0.1, x).sample, adapted)
         refiner.disable_adapters()
         torch.testing.assert_close(refiner(x, 0.1, x).sample, before)
 

@@ -729,6 +729,12 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         (["--resolutions", "0"], "HEIGHTxWIDTH"),
         (["--batch_size", "0"], "0 must be at least 1"),
         (["--learning_rate", "-1"], "-1 must be greater than 0"),
+        (["--learning_rate", "1e38"], "argument --learning_rate: 1e38 must be greater than 0, at most 1e+30"),
+        (["--learning_rate", "nan"], "argument --learning_rate: nan must be"),
+        (["--weight_decay", "inf"], "argument --weight_decay: inf must be"),
+        (["--p_mean", "nan"], "argument --p_mean: nan must be"),
+        (["--p_std", "inf"], "argument --p_std: inf must be"),
+        (["--seed", "4294967296"], "argument --seed: 4294967296 must be"),
         (["--augment_probability", "1.5"], "1.5 must be at least 0, at most 1"),
         (["--max_train_steps", "many"], "invalid int value: 'many'"),
         (["--resolution_weights", "1"], "needs 2 numbers"),
@@ -855,8 +861,9 @@ def test_what_the_launcher_and_the_shell_would_do(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="fp16 needs a GPU"):
         run(*TINY, "--output_dir", tmp_path / "run", "--dry_run")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    train(tmp_path / "run", "--max_train_steps", 1, "--lr_warmup_images", 5)
-    assert "--lr_warmup_images is longer" in capsys.readouterr().out
+    for schedule, warns in ("cosine", True), ("constant", False):  # which has no warm-up
+        train(tmp_path / schedule, "--max_train_steps", 1, "--lr_warmup_images", 5, "--lr_scheduler", schedule)
+        assert ("--lr_warmup_images is longer" in capsys.readouterr().out) is warns
 
 
 @pytest.mark.parametrize("preset", sorted(train_dfu.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

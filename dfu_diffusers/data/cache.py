@@ -20,7 +20,7 @@ class ImageCache:
 
     def __init__(self, folder: Path, source: str, mode: str):
         self.folder, self.source, self.mode, self._arrays = folder, source, mode, {}
-        self.sizes = np.load(folder / "sizes.npy")
+        self.sizes = self._load(folder / "sizes.npy")
 
     def __contains__(self, size: tuple[int, int]) -> bool:
         return size in self._arrays or _array_path(self.folder, size).exists()
@@ -31,8 +31,15 @@ class ImageCache:
     def read(self, size: tuple[int, int], rows: Sequence[int]) -> np.ndarray:
         """A copy of the images in these rows of the table: (batch, height, width, channels) uint8."""
         if size not in self._arrays:
-            self._arrays[size] = np.load(_array_path(self.folder, size), mmap_mode="r")
+            self._arrays[size] = self._load(_array_path(self.folder, size), mmap_mode="r")
         return np.asarray(self._arrays[size][rows])
+
+    def _load(self, path: Path, **options) -> np.ndarray:
+        try:
+            return np.load(path, **options)
+        except (OSError, ValueError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is damaged ({reason}): remove {self.folder}, to have it built again.") from error
 
     def check(self, dataset: ImageDataset) -> None:
         """Raise ValueError unless it holds this data set's images."""

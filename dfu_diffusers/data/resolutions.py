@@ -7,6 +7,7 @@ skips nothing, and the schedule does not depend on how many processes share the 
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -138,7 +139,8 @@ class MixedResolutionBatchSampler(Sampler):
         self._epoch, self._order = None, None
 
     def __len__(self) -> int:
-        return sum(len(self.micro_batch_sizes(step)) for step in range(self.first_step, self.num_steps))
+        steps = range(self.first_step, self.num_steps)
+        return sum(len(self.micro_batch_sizes(self.resolution(step))) for step in steps)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for step in range(self.first_step, self.num_steps):
@@ -146,29 +148,46 @@ class MixedResolutionBatchSampler(Sampler):
 
     def resolution(self, step: int) -> Size:
         """(height, width) that a step trains at, the same for all processes."""
-        probabilities = self.probabilities
-        if step < self.warmup_steps:
-            by_size = sorted(range(len(self.resolutions)), key=lambda i: math.prod(self.sizes[i]))
-            by_size = [i for i in by_size if probabilities[i] > 0]
-            joined = by_size[: 1 + len(by_size) * step // self.warmup_steps]
-            probabilities = np.where(np.isin(range(len(self.sizes)), joined), probabilities, 0)
-        draw = np.random.default_rng((self.seed, 1, step)).choice(
-            len(self.sizes), p=probabilities / probabilities.sum()
-        )
+        draw = np.random.default_rng((self.seed, 1, step)).choice(len(self.sizes), p=self._shares(step))
         return self.sizes[draw]
 
-    def micro_batch_sizes(self, step: int) -> list[int]:
+    def expected_steps(self) -> dict[Size, float]:
+        """How many of the steps each resolution takes on average, of those that may be drawn."""
+        joins = self.warmup_steps * np.arange(len(self._by_size) + 1) / max(1, len(self._by_size))
+        edges = np.clip([*np.ceil(joins), math.inf], self.first_step, self.num_steps).astype(int)
+        shares = sum(count * self._shares(step) for step, count in zip(edges, np.diff(edges)))
+        expected = Counter()
+        for size, share in zip(self.sizes, shares.tolist()):
+            expected[size] += share
+        return +expected
+
+    def _shares(self, step: int) -> np.ndarray:
+        """The probability of each of `sizes` at a step."""
+        probabilities = self.probabilities
+        if step < self.warmup_steps:
+            joined = self._by_size[: 1 + len(self._by_size) * step // self.warmup_steps]
+            probabilities = np.where(np.isin(range(len(self.sizes)), joined), probabilities, 0)
+        return probabilities / probabilities.sum()
+
+    @property
+    def _by_size(self) -> list[int]:
+        """Numbers of the resolutions that may be drawn, from the smallest up."""
+        drawn = [i for i in range(len(self.resolutions)) if self.probabilities[i] > 0]
+        return sorted(drawn, key=lambda i: math.prod(self.sizes[i]))
+
+    def micro_batch_sizes(self, size: Size) -> list[int]:
         """Numbers of images of this process's micro-batches: as few as `max_pixels` allows, as equal as can be."""
         share = self.batch_size // self.num_processes
-        per_batch = share if self.max_pixels is None else self.max_pixels // math.prod(self.resolution(step))
+        per_batch = share if self.max_pixels is None else self.max_pixels // math.prod(size)
         count = -(-share // per_batch)
         return [share // count + (i < share % count) for i in range(count)]
 
     def micro_batches(self, step: int) -> list[list[Draw]]:
         """This process's share of a step: lists of images that go through the network together."""
         number = step * self.batch_size + self.rank * (self.batch_size // self.num_processes)
-        size, batches = source_size(self.resolution(step), self.resolutions, self.source_resolution), []
-        for count in self.micro_batch_sizes(step):
+        resolution, batches = self.resolution(step), []
+        size = source_size(resolution, self.resolutions, self.source_resolution)
+        for count in self.micro_batch_sizes(resolution):
             batches.append([Draw(self._index(n), size, n) for n in range(number, number + count)])
             number += count
         return batches

@@ -2,9 +2,11 @@
 """Images of a source with their features, kept in files: what was drawn is not drawn again."""
 
 import json
+import lzma
 import os
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,8 @@ PATCHES = 4  # crops of each image
 PIXEL_IMAGES = 1024  # what the metrics that need no extractor look at, at most
 MIN_SIDE = 8  # in pixels: smaller images have no layout to speak of
 MIN_IMAGES = 4  # precision and recall look at three neighbours
+# What a damaged .npz raises, depending on the bit.
+DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def coarse_size(size: Size, training_size: Size) -> Size | None:
@@ -154,16 +158,18 @@ class Collection:
         os.replace(partial, path)
 
     def missing(self) -> list[int]:
-        return sorted(set(self.indices).difference(*(batch["indices"].tolist() for batch in self.batches())))
+        return sorted(set(self.indices).difference(*(indices.tolist() for indices in self.read("indices"))))
 
-    def batches(self) -> Iterator[np.lib.npyio.NpzFile]:
-        """The finished batches by their first image; arrays are read when asked for."""
-        for path in self.files():
-            try:
-                with np.load(path) as batch:
-                    yield batch
-            except (zipfile.BadZipFile, EOFError, ValueError) as error:
-                raise EvaluationError(f"{path} is damaged ({error}): remove it, and run the same again.") from error
+    def read(self, name: str) -> Iterator[np.ndarray]:
+        """An array of each finished batch, in the order of their first images."""
+        return (self._read(path, name) for path in self.files())
+
+    def _read(self, path: Path, name: str) -> np.ndarray:
+        try:
+            with np.load(path) as batch:
+                return batch[name]
+        except DAMAGE as error:
+            raise EvaluationError(f"{path} is damaged ({error}): remove it, and run the same again.") from error
 
     def files(self) -> list[Path]:
         return sorted(self.folder.glob("*.npz"))
@@ -172,20 +178,19 @@ class Collection:
         """(n, h, w, c) uint8."""
         found = {}
         for path in dict.fromkeys(self._paths[number] for number in indices):
-            with np.load(path) as batch:
-                found |= zip(batch["indices"].tolist(), batch["pixels"])
+            found |= zip(self._read(path, "indices").tolist(), self._read(path, "pixels"))
         return np.stack([found[number] for number in indices])
 
     @cached_property
     def _paths(self) -> dict[int, Path]:
         """The file of each image of a complete collection."""
-        files = zip(self.files(), self.batches())
-        return {number: path for path, batch in files for number in batch["indices"].tolist()}
+        files = zip(self.files(), self.read("indices"))
+        return {number: path for path, indices in files for number in indices.tolist()}
 
     @property
     def seconds_per_image(self) -> float:
         """In which they were drawn, by one process."""
-        return sum(float(batch["seconds"]) for batch in self.batches()) / len(self.indices)
+        return sum(map(float, self.read("seconds"))) / len(self.indices)
 
     @property
     def images(self) -> torch.Tensor:
@@ -194,12 +199,12 @@ class Collection:
 
     def matrix(self, kind: str) -> torch.Tensor:
         """All features of a kind, (n, d), in the order of the images."""
-        order = np.argsort(np.concatenate([batch["indices"] for batch in self.batches()]))
-        return torch.from_numpy(np.concatenate([batch[kind] for batch in self.batches()])[order])
+        order = np.argsort(np.concatenate(list(self.read("indices"))))
+        return torch.from_numpy(np.concatenate(list(self.read(kind)))[order])
 
     def statistics(self, kind: str) -> "metrics.FeatureStatistics":
         """Mean and covariance of a kind, read batch by batch."""
         statistics = metrics.FeatureStatistics()
-        for batch in self.batches():
-            statistics.update(torch.from_numpy(batch[kind]).flatten(0, -2))
+        for features in self.read(kind):
+            statistics.update(torch.from_numpy(features).flatten(0, -2))
         return statistics

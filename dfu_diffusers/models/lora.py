@@ -10,6 +10,8 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import get_adapter_name
 from torch import nn
 
+from .loading import refuse_pickles
+
 # What is read of a file's metadata, of all that PEFT has options for.
 LORA_OPTIONS = (
     "r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora", "target_parameters", "rank_pattern",
@@ -32,7 +34,7 @@ ANOTHER_MODEL = "This LoRA was made for a model of another configuration."
 
 
 class LoRAMixin(PeftAdapterMixin):
-    """Loading of LoRAs that also adapt plain parameters: the spectral weights."""
+    """LoRAs as safetensors alone, which may also adapt plain parameters: the spectral weights."""
 
     def load_lora_adapter(
         self,
@@ -67,8 +69,8 @@ class LoRAMixin(PeftAdapterMixin):
 
         if prefix is not None or use_safetensors is False:
             raise ValueError(
-                f"DFUModel loads LoRAs from safetensors and without a prefix, but got prefix={prefix!r} and "
-                f"use_safetensors={use_safetensors!r}: save the LoRA with DFUModel.save_lora_adapter."
+                f"{type(self).__name__} loads LoRAs from safetensors and without a prefix, but got prefix={prefix!r} "
+                f"and use_safetensors={use_safetensors!r}: save the LoRA with save_lora_adapter."
             )
         if unknown := sorted(hub_arguments.keys() - set(HUB_ARGUMENTS)):
             raise TypeError(f"load_lora_adapter takes no {', '.join(unknown)}; it takes {HUB_ARGUMENTS}.")
@@ -95,6 +97,22 @@ class LoRAMixin(PeftAdapterMixin):
             raise ValueError(ANOTHER_MODEL)
         self.add_adapter(config, name)
         _peft().set_peft_model_state_dict(self, state_dict, name)
+
+    def save_lora_adapter(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str = "default",
+        upcast_before_saving: bool = False,
+        safe_serialization: bool = True,
+        weight_name: str | None = None,
+    ) -> None:
+        """As in diffusers, as safetensors only.
+
+        Raises:
+            ValueError: `safe_serialization=False`, whose file, a pickle, `load_lora_adapter` would refuse.
+        """
+        refuse_pickles(type(self).__name__, safe_serialization)
+        super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, weight_name=weight_name)
 
 
 def _peft():
@@ -138,8 +156,8 @@ def _refuse_other_adapters(metadata: dict) -> None:
     if odd:
         asked = ", ".join(sorted(odd))
         raise TypeError(
-            f"`LoraConfig` class could not be instantiated: the LoRA's metadata ask for {asked:.200}, and DFUModel "
-            f"reads {', '.join(LORA_OPTIONS)} only."
+            f"`LoraConfig` class could not be instantiated: the LoRA's metadata ask for {asked:.200}, but only "
+            f"{', '.join(LORA_OPTIONS)} are read."
         )
 
 

@@ -12,6 +12,7 @@ sinc(k / 2n), down to 0.64 for the last one; `to_modes` and `from_modes` undo an
 White noise of deviation s on h x w pixels has independent coefficients of deviation s / sqrt(h w).
 """
 
+import contextlib
 import math
 
 import torch
@@ -61,6 +62,13 @@ def pixel_response(count: int, n: int, periodic: bool = False, device="cpu") -> 
     return torch.sinc(half_cycles / (2 * n))
 
 
+def transform(rows: torch.Tensor, x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """rows x columns^T for each picture x (..., H, W), in the precision of x also under `torch.autocast`."""
+    knows_autocast = torch.amp.is_autocast_available(x.device.type)  # not the meta device
+    with torch.autocast(x.device.type, enabled=False) if knows_autocast else contextlib.nullcontext():
+        return rows @ x @ columns.T
+
+
 def to_modes(
     x: torch.Tensor, size: tuple[int, int] | None = None, periodic: Axes = (False, False), averaged: bool = False
 ) -> torch.Tensor:
@@ -74,15 +82,12 @@ def to_modes(
     """
     (height, width), (new_height, new_width) = x.shape[-2:], size or x.shape[-2:]
     rows, columns = num_modes(min(height, new_height), periodic[0]), num_modes(min(width, new_width), periodic[1])
-    with torch.autocast(x.device.type, enabled=False):
-        x = x if x.dtype == torch.float64 else x.float()
-        basis_h, basis_w = (
-            mode_basis(n, axis, count).to(x) for n, axis, count in zip((height, width), periodic, (rows, columns))
-        )
-        modes = basis_h @ x @ basis_w.T / math.sqrt(height * width)
-        if averaged:
-            modes = modes / _response((rows, columns), (height, width), periodic, x.device)
-        return modes
+    x = x if x.dtype == torch.float64 else x.float()
+    basis_h, basis_w = (
+        mode_basis(n, axis, count).to(x) for n, axis, count in zip((height, width), periodic, (rows, columns))
+    )
+    modes = transform(basis_h, x, basis_w) / math.sqrt(height * width)
+    return modes / _response((rows, columns), (height, width), periodic, x.device) if averaged else modes
 
 
 def from_modes(
@@ -91,11 +96,10 @@ def from_modes(
     """The picture (..., height, width) of `size` with these modes and no others; with `averaged` the mean over each
     pixel rather than the value at its centre."""
     rows, columns = modes.shape[-2:]
-    with torch.autocast(modes.device.type, enabled=False):
-        if averaged:
-            modes = modes * _response((rows, columns), size, periodic, modes.device)
-        basis_h, basis_w = (mode_basis(n, axis, k).to(modes) for n, axis, k in zip(size, periodic, (rows, columns)))
-        return basis_h.T @ modes @ basis_w * math.sqrt(math.prod(size))
+    if averaged:
+        modes = modes * _response((rows, columns), size, periodic, modes.device)
+    basis_h, basis_w = (mode_basis(n, axis, k).to(modes) for n, axis, k in zip(size, periodic, (rows, columns)))
+    return transform(basis_h.T, modes, basis_w.T) * math.sqrt(math.prod(size))
 
 
 def resize_modes(x: torch.Tensor, size: tuple[int, int], periodic: Axes = (False, False)) -> torch.Tensor:

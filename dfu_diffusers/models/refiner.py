@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from .loading import SafetensorsMixin
+from .lora import LoRAMixin
 
 NOISE_CHANNELS = 64  # sinusoids that tell a noise level
 EMBEDDING_CHANNELS = 256
@@ -58,7 +58,7 @@ class RefinerBlock(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
-class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
     """Takes a coarse picture on a larger grid and noisy detail that is to be added to it; returns the network output F
     of EDM (arXiv 2206.00364) for the detail.
 

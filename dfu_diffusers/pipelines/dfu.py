@@ -55,7 +55,6 @@ class Run:
     tileable: str | None  # the same, as the networks take it
     parts: list[slice]  # of the batch that the networks see at once
     calls: int = 0
-    sums: list[torch.Tensor] = field(default_factory=list)  # of the network's output at each call
     bar: object = field(default=None, repr=False)
 
 
@@ -346,7 +345,7 @@ class DFUPipeline(DFUPipelineBase):
             return beyond(project(picture + denoised) - picture, coarse, periodic)
 
         detail = noise.beyond(size, coarse, normals) * scheduler.init_noise_sigma
-        detail = self._denoise(run, detail, scheduler, predict, replace if project else None)
+        detail = self._denoise(run, detail, scheduler, predict, replace if project else None, network="refiner")
         return beyond(detail, coarse, periodic)
 
     def enable_tiling(self, max_pixels: int = MAX_PIXELS) -> None:
@@ -403,20 +402,25 @@ class DFUPipeline(DFUPipelineBase):
 
     @contextlib.contextmanager
     def _progress(self, run: "Run", calls: int):
-        """One progress bar for all network calls of a run, whose values are checked at its end."""
+        """One progress bar for all network calls of a run."""
         self._num_timesteps, run.calls = calls, 0
         with self.progress_bar(total=calls) as run.bar:
             yield
-        self._check_finite(run)
 
-    def _check_finite(self, run: "Run") -> None:
-        """Raise a ValueError that names the first network call whose output was not finite. Only here a run waits for
-        an accelerator."""
-        finite = torch.stack(run.sums).isfinite().tolist() if run.sums else []
+    def _check_finite(self, sums: list[torch.Tensor], stage: str, scheduler, begin: int) -> None:
+        """Raise a ValueError that names the first step whose output was not finite. Only here, once for `unet` and
+        once an octave, a run waits for an accelerator.
+
+        Args:
+            sums: of the outputs of network calls `begin` and after.
+            stage: which network this was, at which size.
+        """
+        finite = torch.stack(sums).isfinite().tolist() if sums else []
         if not all(finite):
+            step = (begin + finite.index(False)) // scheduler.order + 1  # Heun has two calls to a step
             raise ValueError(
-                f"Network call {finite.index(False) + 1} of {self._num_timesteps} gave values that are not finite: "
-                "the weights are damaged, or float16 overflows: load the model again, in bfloat16 or float32."
+                f"{stage} gave values that are not finite in step {step} of {scheduler.num_inference_steps}: its "
+                "weights are damaged, or float16 overflows: load the model again, in bfloat16 or float32."
             )
 
     def _refiner_calls(self, run: "Run", octaves: list[tuple[int, int]]) -> int:
@@ -438,13 +442,16 @@ class DFUPipeline(DFUPipelineBase):
         predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         project: Callable[[torch.Tensor], torch.Tensor] | None = None,
         begin: int = 0,
+        network: str = "unet",
     ) -> torch.Tensor:
         """Take noisy images through the timesteps of `scheduler`, from network call `begin` on.
 
         Args:
             predict: the network's output for the scaled images at a timestep.
             project: replaces each denoised image by another one.
+            network: name of the component that predicts, for messages.
         """
+        sums = []
         noise = {"generator": run.generator, "noise_sampler": run.draw_noise}
         accepted = inspect.signature(scheduler.step).parameters
         noise = {name: source for name, source in noise.items() if name in accepted}
@@ -452,7 +459,7 @@ class DFUPipeline(DFUPipelineBase):
             if self._interrupt:
                 break
             output = predict(scheduler.scale_model_input(latents, t), t)
-            run.sums.append(output.sum())
+            sums.append(output.sum())
             if project is not None:
                 output = _projected(scheduler, output, latents, project)
             with torch.device(latents.device):  # on which diffusers' schedulers make their numbers
@@ -461,6 +468,8 @@ class DFUPipeline(DFUPipelineBase):
                 latents = self._call_back(run, t, latents)
             run.calls += 1
             run.bar.update()
+        height, width = latents.shape[-2:]
+        self._check_finite(sums, f"`{network}` at {height}x{width}", scheduler, begin)
         return latents
 
     def _call_back(self, run: "Run", timestep, latents: torch.Tensor) -> torch.Tensor:

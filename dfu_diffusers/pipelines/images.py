@@ -3,8 +3,9 @@
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ..checks import INTEGERS
 from ..decode import convert_picture
 from .checks import _is_number
 
@@ -38,17 +39,42 @@ def read_images(images, channels: int, name: str = "image") -> torch.Tensor:
 def read_mask(masks) -> torch.Tensor:
     """Masks in the forms of `read_images` as (batch, 1, H, W) float32 in [0, 1]; colours count by their luminance.
 
+    Integers of which the greatest is 1, as in the masks of segmentation, stand for booleans.
+
     Raises:
-        ValueError, TypeError: as `read_images`, and masks that are transparent somewhere.
+        ValueError, TypeError: as `read_images`, masks that are transparent somewhere, and masks without a white pixel
+            (at least a half) that are not all black.
     """
-    for mask in masks if isinstance(masks, (list, tuple)) else [masks]:
+    masks = [_booleans(each) for each in (masks if isinstance(masks, (list, tuple)) else [masks])]
+    for mask in masks:
         if isinstance(mask, Image.Image) and mask.has_transparency_data:
             if mask.convert("RGBA").getchannel("A").getextrema()[0] < 255:
                 raise ValueError(
                     "`mask_image` is transparent somewhere, which says neither to keep nor to repaint: draw it in "
                     'black and white, or pass its own transparency, `mask.getchannel("A")`.'
                 )
-    return read_images(masks, 1, "mask_image")
+    read = read_images(masks, 1, "mask_image")
+    deep = [np.asarray(mask) for mask in masks if isinstance(mask, Image.Image) and mask.mode.startswith("I")]
+    highest = max(read.max().item(), *(values.max() / 65535 for values in deep), 0)  # 16 bits may round to black
+    if 0 < highest < 0.5:
+        raise ValueError(
+            f"`mask_image` marks no pixel: white is at least a half, 128 as a byte, but its highest value is "
+            f"{highest:.4g}, {255 * highest:.3g} as a byte: scale it, or pass booleans."
+        )
+    return read
+
+
+def _booleans(mask):
+    """A mask of integers of which the greatest is 1 as booleans; any other as it is."""
+    values = mask
+    if isinstance(mask, Image.Image) and (mask.mode == "L" or mask.mode.startswith("I")):
+        values = np.asarray(ImageOps.exif_transpose(mask))
+    elif torch.is_tensor(mask) and mask.dtype in INTEGERS:
+        values = mask.numpy(force=True)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.size:
+        if values.min() >= 0 and values.max() == 1:
+            return mask == 1 if torch.is_tensor(mask) else values == 1
+    return mask
 
 
 def _read(image, channels: int, name: str) -> torch.Tensor:

@@ -66,8 +66,8 @@ class DFUInpaintPipeline(DFUPipeline):
         Args:
             image: what to repaint, see `read_images`; all images of one call have one size.
             mask_image: white (at least a half) where to repaint, black elsewhere: one mask for all images, or one for
-                each, of their size. A PIL image of any mode, or an array or tensor of bytes, booleans or floats in
-                [0, 1] as for `image`, with one channel.
+                each, of their size. A PIL image of any mode, or an array or tensor of bytes, booleans, integers 0 and
+                1, or floats in [0, 1] as for `image`, with one channel.
             strength: share of the sampler's steps to take, in (0, 1]. With 1 the result does not depend on what lay
                 under the mask; less keeps some of it, as `round(strength * num_inference_steps)` steps, at least one,
                 are left when the image comes in, noised to the level at which they begin.
@@ -217,10 +217,5 @@ def _read_mask(mask, image: torch.Tensor) -> torch.Tensor:
             f"`mask_image` must be one mask, or one for each of the {len(image)} images, of their size "
             f"{image.shape[-2]}x{image.shape[-1]}, but got {len(mask)} of {mask.shape[-2]}x{mask.shape[-1]}: "
             "resize it."
-        )
-    if 0 < mask.max() < 0.5:
-        raise ValueError(
-            f"`mask_image` marks no pixel: white is at least a half, 128 as a byte, but its highest value is "
-            f"{mask.max():.4g}, {255 * mask.max():.0f} as a byte: scale it, or pass booleans."
         )
     return mask >= 0.5

@@ -6,6 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..models.modes import transform
+
 NOISE_LEVELS = 32  # octaves of frequency on an axis: room for sides of up to 2^31 pixels
 
 
@@ -38,7 +40,7 @@ def nested_noise(
     generators = generator if isinstance(generator, list) else [generator] * batch
     normals = nested_normals((batch, channels, height, width), generators)
     rows, columns = (fourier_basis(n, n).to(normals) for n in (height, width))
-    return (rows.T @ normals @ columns).to(device, dtype)
+    return transform(rows.T, normals, columns.T).to(device, dtype)
 
 
 def nested_normals(shape: tuple[int, int, int, int], generators: list[torch.Generator | None]) -> torch.Tensor:
@@ -57,9 +59,7 @@ def _endless_normals(channels: int, height: int, width: int, generator: torch.Ge
         for seed, (left, right) in zip(row_seeds, _octaves(width)):
             shape = (channels, bottom - top, right - left)
             source.manual_seed(seed)
-            block = torch.randn(
-                shape, generator=source, device="cpu", dtype=torch.float32
-            )  # whatever the defaults are
+            block = torch.randn(shape, generator=source, device="cpu", dtype=torch.float32)  # not torch's defaults
             normals[:, top:bottom, left:right] = block[:, : height - top, : width - left]
     return normals
 
@@ -76,7 +76,7 @@ def fourier_resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     undoes enlarging.
     """
     rows, columns = (_resampling_matrix(old, new).to(x) for old, new in zip(x.shape[-2:], size))
-    return rows @ x @ columns.T
+    return transform(rows, x, columns)
 
 
 def _resampling_matrix(old: int, new: int) -> torch.Tensor:

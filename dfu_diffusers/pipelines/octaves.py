@@ -6,7 +6,7 @@ import math
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 
-from ..models.modes import Axes, from_modes, mode_basis, num_modes
+from ..models.modes import Axes, from_modes, mode_basis, num_modes, transform
 from .noise import nested_normals
 
 COARSE_NOISE = 0.01  # deviation of the noise on the coarse picture that the refiner is told of
@@ -51,7 +51,7 @@ class NestedNoise:
 def coefficients_of(noise: torch.Tensor, periodic: Axes) -> torch.Tensor:
     """The coefficients from which `NestedNoise.white` would make this noise (..., H, W)."""
     rows, columns = (mode_basis(n, axis).to(noise) for n, axis in zip(noise.shape[-2:], periodic))
-    return rows @ noise @ columns.T
+    return transform(rows, noise, columns)
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

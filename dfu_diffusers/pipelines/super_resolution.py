@@ -20,7 +20,7 @@ from diffusers.utils import logging
 from PIL import Image
 
 from ..checks import real_number
-from ..models.modes import average_pixels, from_modes, octave_sizes, to_modes
+from ..models.modes import average_pixels, from_modes, octave_sizes, to_modes, transform
 from .checks import _check_count, _check_positive, _check_strength
 from .dfu import DFUPipeline, Run, _check_retired
 from .images import middle_of_schedule, read_images
@@ -247,11 +247,11 @@ class AreaAverage:
 
     def error(self, x: torch.Tensor, of=slice(None)) -> torch.Tensor:
         """What the averages of x (images, channels, H, W) lack: (images, channels, h, w); `of` which of the batch."""
-        return self.image[of] - self.rows @ x @ self.columns.T
+        return self.image[of] - transform(self.rows, x, self.columns)
 
     def project(self, x: torch.Tensor, of=slice(None)) -> torch.Tensor:
         """The images nearest to x, in squared error, that have the averages."""
-        return x + self.inverse_rows @ self.error(x, of) @ self.inverse_columns.T
+        return x + transform(self.inverse_rows, self.error(x, of), self.inverse_columns)
 
     def project_into_range(self, x: torch.Tensor) -> torch.Tensor:
         """Alternate between the images in [-1, 1] and those that have the averages, each image until it is both."""

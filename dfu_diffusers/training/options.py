@@ -27,6 +27,8 @@ Location = Annotated[str, path]
 Resolution = Annotated[Size, resolution]
 Count, Natural = Annotated[int, count], Annotated[int, natural]
 Positive, NonNegative = Annotated[float, positive], Annotated[float, number(float, 0)]
+Rate, Level = Annotated[float, number(float, 0, 1e30, open_low=True)], Annotated[float, number(float, -50, 50)]
+Spread, Seed = Annotated[float, number(float, 0, 50, open_low=True)], Annotated[int, number(int, 0, 2**32 - 1)]
 Share, Rank = Annotated[float, number(float, 0, 1)], Annotated[float, number(float, 0, 0.999, open_low=True)]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -89,8 +91,8 @@ class BatchOptions:
 class LossOptions:
     """noise and loss"""
 
-    p_mean: float | None = option(None, "mean of ln sigma (default: -1.2, of a refiner -2.3)")
-    p_std: Positive | None = option(None, "its standard deviation (default: 1.2, of a refiner 1.4)")
+    p_mean: Level | None = option(None, "mean of ln sigma (default: -1.2, of a refiner -2.3)")
+    p_std: Spread | None = option(None, "its standard deviation (default: 1.2, of a refiner 1.4)")
     augment_probability: Share = option(0.0, "of EDM's geometric augmentation, which uses 0.12")
     label_dropout: Share = option(0.0, "images without their label, for classifier-free guidance (0.1, say)")
 
@@ -100,7 +102,7 @@ class OptimizerOptions:
     """Adam and averages of the weights"""
 
     max_train_steps: Count = option(2000, "length of the run, over which the learning rate decays")
-    learning_rate: Positive = option(1e-3, "at its highest")
+    learning_rate: Rate = option(1e-3, "at its highest")
     lr_scheduler: Schedule = option("cosine", "how it goes on")
     lr_warmup_images: Natural = option(3200, "images over which it rises, except with `constant`")
     max_grad_norm: Positive = option(1.0, "longer gradients are scaled down to it")
@@ -127,7 +129,7 @@ class RunOptions:
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrules it")
     dry_run: bool = option(False, "check, print model, schedule and memory, and stop")
-    seed: Natural = option(0, "of all that is random")
+    seed: Seed = option(0, "of all that is random")
     output_dir: Location = option("outputs/dfu-portraits", "where everything is written")
     checkpointing_steps: Count = option(1000, "save what the run needs to go on every so many steps")
     checkpoints_total_limit: Count = option(2, "how many of them to keep")

@@ -5,7 +5,6 @@ import json
 import math
 import platform
 import time
-from collections import Counter
 from pathlib import Path
 
 import accelerate
@@ -71,7 +70,7 @@ class Reporter:
         accelerator.print(summary(self.network))
         accelerator.print(f"Data: {self.data}.")
         total, self.recent = args.max_train_steps * args.batch_size, {}
-        if args.lr_warmup_images > total:
+        if args.lr_scheduler != "constant" and args.lr_warmup_images > total:
             accelerator.print("The learning rate will not rise to its full value: --lr_warmup_images is longer.")
         if self.main:
             self._open_tables(start)
@@ -192,16 +191,14 @@ class Reporter:
 
 def describe(args: Options, network, data: Data, sampler: MixedResolutionBatchSampler) -> str:
     """Model, data, schedule and memory of a run, as --dry_run prints them."""
-    steps = range(sampler.first_step, args.max_train_steps)
-    drawn = Counter(sampler.resolution(step) for step in steps)
-    schedule = f"{len(steps)} steps of {args.batch_size} images, {len(steps) * args.batch_size} in all:"
+    steps, expected = args.max_train_steps - sampler.first_step, sampler.expected_steps()
+    schedule = f"{steps} steps of {args.batch_size} images, {steps * args.batch_size} in all, on average:"
     lines = [summary(network), f"Data: {data}.", schedule]
-    for size in sorted(drawn, key=math.prod):
-        step = next(step for step in steps if sampler.resolution(step) == size)
-        micro = sampler.micro_batch_sizes(step)
+    for size in sorted(expected, key=math.prod):
+        micro = sampler.micro_batch_sizes(size)
         lines.append(
-            f"  {format_resolution(size):>9}: {drawn[size]} steps, {len(micro)} x {max(micro)} images a process, "
-            f"about {activation_bytes(network, max(micro), size) / 2**30:.2f} GiB of activations in float32"
+            f"  {format_resolution(size):>9}: {expected[size]:.0f} steps, {len(micro)} x {max(micro)} images a "
+            f"process, about {activation_bytes(network, max(micro), size) / 2**30:.2f} GiB of activations in float32"
         )
     trained, weights = (
         sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (False, True)

@@ -310,6 +310,13 @@ def build_validation(args: Options, part: str, scalings, held_out) -> Validation
     return loss(held_out, args.resolutions, scalings, **options)
 
 
+def build_scalings(scheduler: EDMHeunScheduler, network: DFUModel | DFURefiner) -> EDMHeunScheduler:
+    """The scalings around the network: those of a refiner are for the deviation of its detail."""
+    if not isinstance(network, DFURefiner):
+        return scheduler
+    return EDMHeunScheduler.from_config(scheduler.config, sigma_data=network.config.detail_std)
+
+
 def build_optimizer(args: Options, network) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
     """Adam over the parameters that train (frozen ones cost no memory), and the schedule of its learning rate, which
     stays unprepared: Accelerate would step it once for each process, and our steps count the global batch."""
