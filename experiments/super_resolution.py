@@ -15,7 +15,7 @@ in each octave (octave_steps=1).
 
 PSNR in dB and SSIM (torchmetrics) compare each image with its truth: higher is better, and smooth images win. The
 feature distance is the mean distance between the extractor's features of an image and of its truth, relative to that
-between two truths: lower is better. Frechet and kernel distance (KID times 1000) compare the sets: lower is better, and
+between two truths: lower is better. Frechet and kernel distance (KID times 1000) compare the sets: lower is better;
 the first needs more images than features. Consistency error: largest difference of an 8-bit result, area-averaged to
 the input's size, from the input, in 1/255.
 """

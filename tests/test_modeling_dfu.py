@@ -30,6 +30,7 @@ PARAMETERS = {
     "ffhq-160": 2_248_364_035,
     "ffhq-96": 630_576_131,
     "ffhq-96-compact": 155_662_389,
+    "landscape-upscaler": 1_208_460,
     "portraits": 7_192_771,
     "portraits-refiner": 1_208_460,
     "portraits-trunk": 4_277_123,
