@@ -333,10 +333,9 @@ class DFUPipeline(DFUPipelineBase):
         run.draw_noise = lambda shape: noise.beyond(size, coarse)
 
         def predict(sample, timestep):  # as the sample has no coarse modes, neither have the denoised ones
+            options = dict(coarse_noise=told, tileable=run.tileable, max_pixels=self._max_pixels)
             output = [
-                refine_in_strips(
-                    self.refiner, sample[part], timestep, condition[part], told, run.tileable, self._max_pixels
-                )
+                refine_in_strips(self.refiner, sample[part], timestep, condition[part], **options)
                 for part in run.parts
             ]
             return beyond(torch.cat(output), coarse, periodic)
