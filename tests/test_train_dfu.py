@@ -344,6 +344,15 @@ def refiner_config(tmp_path):
     return ["--model_config", tmp_path / "refiner.json"]
 
 
+def test_flat_pictures_are_nothing_for_a_refiner(tmp_path, refiner_config):
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    with pytest.raises(SystemExit, match="flat have no detail to learn: they are flat, or were enlarged"):
+        run(*TINY, *refiner_config, "--train_data_dir", tmp_path / "flat", "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_refiner_is_trained_and_resumed_and_goes_with_a_trunk(tmp_path, refiner_config):
     options = [*TINY, *refiner_config, "--resolutions", "8", "12", "12x8", "--max_train_steps", "5"]
     run(*options, "--output_dir", tmp_path / "whole")
@@ -731,7 +740,6 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         (["--learning_rate", "-1"], "-1 must be greater than 0"),
         (["--learning_rate", "1e38"], "argument --learning_rate: 1e38 must be greater than 0, at most 1e+30"),
         (["--learning_rate", "nan"], "argument --learning_rate: nan must be"),
-        (["--weight_decay", "inf"], "argument --weight_decay: inf must be"),
         (["--p_mean", "nan"], "argument --p_mean: nan must be"),
         (["--p_std", "inf"], "argument --p_std: inf must be"),
         (["--seed", "4294967296"], "argument --seed: 4294967296 must be"),
@@ -877,7 +885,7 @@ def test_presets_describe_runs_that_could_start(preset, tmp_path, capsys):
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump(options))
     (tmp_path / "pictures").mkdir()
     for i in range(20):
-        Image.new("RGB", (256, 256), (10 * i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.effect_noise((256, 256), 10 * i + 10).convert("RGB").save(tmp_path / "pictures" / f"{i}.png")
     data = ["--train_data_dir", tmp_path / "pictures"] if preset.stem != "portraits" else []
     run("--config", tmp_path / "preset.yaml", *data, "--dry_run", "--output_dir", tmp_path / "run")
     printed = capsys.readouterr().out

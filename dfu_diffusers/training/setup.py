@@ -205,7 +205,10 @@ class Data:
             source = source_size(size, args.resolutions, args.source_resolution)
             items = images.__getitems__([(i, source) for i in range(min(len(images), MEASURED_IMAGES))])
             powers.append(detail_std(fit_size(torch.stack([item["image"] for item in items]), size)) ** 2)
-        return round(math.sqrt(np.average(powers, weights=args.resolution_weights)), 4)
+        std = round(math.sqrt(np.average(powers, weights=args.resolution_weights)), 4)
+        if std == 0:
+            raise ValueError(f"The pictures of {self.images} have no detail to learn: they are flat, or were enlarged.")
+        return std
 
     def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
         """This process's micro-batches, in the sampler's order whatever the number of workers."""
