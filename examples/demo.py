@@ -26,7 +26,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512], help="sides, in px")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="a portrait each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 4], help="a portrait each")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo.png")
     args = parser.parse_args(argv)
     pipe = DFUPipeline.from_pretrained(args.model)

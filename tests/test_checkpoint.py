@@ -39,7 +39,7 @@ def test_the_folder_is_small_and_holds_no_pickle():
 def test_it_denoises_portraits_it_never_saw(pipe):
     """On the trunk's own grid. The loss is 1 for a network that learned nothing."""
     loss, _ = heldout_loss(pipe, pipe._sample_size("the trunk"), count=64)
-    assert loss < 0.2
+    assert loss < 0.15
 
 
 def test_samples_look_like_the_mean_portrait(pipe):
