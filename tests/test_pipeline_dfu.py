@@ -477,13 +477,14 @@ def test_tileable(make_pipe):
 
 
 def test_a_compiled_model_is_a_model(make_pipe):
-    """torch.compile's wrapper has no truth value."""
+    """torch.compile's wrapper has no truth value. What it wraps runs uncompiled here, which is quicker."""
     pipe = make_pipe()
     expected = sample(pipe)
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    assert_near(sample(pipe), expected)
-    pipe.guide = torch.compile(make_pipe(block_out_channels=(8, 8, 8)).unet, backend="eager")
-    assert sample(pipe, guidance_scale=2.0).isfinite().all()
+    with torch.compiler.set_stance("force_eager"):
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        assert_near(sample(pipe), expected)
+        pipe.guide = torch.compile(make_pipe(block_out_channels=(8, 8, 8)).unet, backend="eager")
+        assert sample(pipe, guidance_scale=2.0).isfinite().all()
 
 
 class CosineLevels(EDMEulerScheduler):

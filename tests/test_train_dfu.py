@@ -262,9 +262,10 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_compiled_by_the_launcher_the_names_of_weights_stay(tmp_path, monkeypatch):
-    """As by `accelerate launch --dynamo_backend eager`; the checkpoint is one of an ordinary run."""
+    """As by `accelerate launch --dynamo_backend eager`, but run uncompiled, which is quicker and has the same names. The
+    checkpoint is one of an ordinary run."""
     options = ["--resolutions", "8"]
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, torch.compiler.set_stance("force_eager"):
         patch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
         train(tmp_path, *options, "--max_train_steps", "1", "--checkpointing_steps", "1")
     weights = state(tmp_path, 1)["model.safetensors"]
