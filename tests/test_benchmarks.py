@@ -206,6 +206,7 @@ def test_a_large_image_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     assert Image.open(tmp_path / "large_120.png").size == (120, 120) and "| 120 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_freed_memory_is_measured(tmp_path):
     options = ["--freed_memory", "tiny:8:2", "--turns", "1", "--output", str(tmp_path / "kept.csv")]
     (row,) = bench_train.main(options)
