@@ -20,15 +20,14 @@ class DFUPipelineBase(DiffusionPipeline):
     _self_contained = False
 
     def register_modules(self, **components) -> None:
-        """As in diffusers. Models go into evaluation mode, as they do when they are loaded: dropout has no part in
-        sampling."""
+        """As in diffusers. Models are set to evaluation mode, as loading does, so that sampling uses no dropout."""
         for component in components.values():
             if isinstance(component, nn.Module):
                 component.eval()
         super().register_modules(**components)
 
     def __setattr__(self, name: str, value) -> None:
-        """As in diffusers; but a component that takes the place of none is saved, too."""
+        """As in diffusers, but a component that was None and is set later is registered, so that it is saved, too."""
         if name in COMPONENTS and name in self.__dict__:
             del self.__dict__[name]
             self.register_modules(**{name: value})  # which sets the attribute
@@ -37,9 +36,9 @@ class DFUPipelineBase(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DFUPipelineBase":
-        """As in diffusers, from safetensors only, components of other classes included.
+        """As in diffusers, but from safetensors only, also for components of other classes.
 
-        diffusers would fall back on a `.bin`, a pickle, which may run code when it is opened.
+        diffusers would otherwise fall back to a `.bin` file, a pickle, which can run code when it is opened.
 
         Raises:
             ValueError: `use_safetensors=False`.
@@ -56,9 +55,9 @@ class DFUPipelineBase(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DFUPipelineBase":
         """A pipeline of this class that shares the components of another one; `kwargs` replace some, as in diffusers.
 
-        The weights keep their dtype unless `dtype` (`torch_dtype`) says otherwise; then both pipelines' change.
+        The weights keep their dtype unless `dtype` (`torch_dtype`) is given; then it changes for both pipelines.
         """
-        # diffusers hands a model on only if the type hint names its very class, and ours admits any denoiser.
+        # diffusers passes a model on only if the type hint names exactly its class; ours allows any denoiser.
         if hasattr(pipeline, "unet"):
             kwargs.setdefault("unet", pipeline.unet)
         for name in ("guide", "refiner"):
@@ -72,20 +71,20 @@ class DFUPipelineBase(DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
-        """As in diffusers, which would warn of `auto_map`: the entry is AutoModel's, not ours."""
+        """As in diffusers, but without the entry `auto_map`, which is for AutoModel: diffusers would warn about it."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def save_pretrained(
         self, save_directory, safe_serialization: bool = True, *args, self_contained: bool = False, **kwargs
     ) -> None:
-        """Save as in diffusers, as safetensors; such a folder needs dfu_diffusers to be loaded.
+        """Save as in diffusers, as safetensors. Loading such a folder needs dfu_diffusers.
 
-        With `self_contained` our modules are saved along, and `DiffusionPipeline.from_pretrained(...,
-        trust_remote_code=True)` needs nothing but diffusers. A pipeline that was loaded in that way is always saved
-        in that way, for its classes exist nowhere else.
+        With `self_contained` our modules are saved beside the weights, and `DiffusionPipeline.from_pretrained(...,
+        trust_remote_code=True)` needs only diffusers. A pipeline that was loaded in this way is always saved in this
+        way, because its classes exist nowhere else.
 
         Raises:
-            ValueError: `safe_serialization=False`, whose files, pickles, `from_pretrained` would refuse.
+            ValueError: `safe_serialization=False`, which writes pickles that `from_pretrained` would refuse.
         """
         refuse_pickles(type(self).__name__, safe_serialization)
         with self._with_code(self_contained):
@@ -99,7 +98,7 @@ class DFUPipelineBase(DiffusionPipeline):
 
     @contextlib.contextmanager
     def _with_code(self, self_contained: bool):
-        """Until it ends, pipelines are saved with code, if so asked here or further out."""
+        """While it is open, pipelines are saved with code if `self_contained` is true here or in an outer call."""
         before, self._self_contained = self._self_contained, self._self_contained or self_contained
         try:
             yield
@@ -107,7 +106,7 @@ class DFUPipelineBase(DiffusionPipeline):
             self._self_contained = before
 
     def save_config(self, save_directory, *args, **kwargs) -> None:
-        """As in diffusers, which calls it when the components are saved, and before it uploads them."""
+        """As in diffusers, which calls this after it saved the components and before it uploads them."""
         super().save_config(save_directory, *args, **kwargs)
         recorded = [library for library, _ in map(self.config.get, self.components) if library]
         if self._self_contained or any(name.split(".")[0] == REMOTE for name in (self.__module__, *recorded)):

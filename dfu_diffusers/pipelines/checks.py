@@ -45,8 +45,8 @@ def _check_strength(strength) -> float:
 
 
 def _check_scheduler(scheduler) -> None:
-    """Raise a ValueError unless the scheduler preconditions the network as EDM (arXiv 2206.00364, Table 1) does: with
-    any other one the pictures would be noise."""
+    """Raise a ValueError unless the scheduler preconditions the network as EDM does (arXiv 2206.00364, Table 1). With
+    any other scheduler the pictures would be noise."""
     name, config = type(scheduler).__name__, scheduler.config
     remedy = f"use {SCHEDULERS}, e.g. `EDMHeunScheduler()`."
     sigma = torch.tensor(2.0, dtype=torch.float32, device="cpu")

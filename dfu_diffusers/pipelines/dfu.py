@@ -25,8 +25,8 @@ from .octaves import COARSE_NOISE, MAX_PIXELS, NestedNoise, coefficients_of, oct
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRATEGIES = ("octaves", "direct", "cascade")
-CASCADE_SIGMA = 0.25  # noise level to which the cascade takes enlarged images; the nearest of the schedule
-CASCADE_HOLD = 0.25  # share of the small image's frequencies on each axis that its stages hold
+CASCADE_SIGMA = 0.25  # the cascade adds noise of this level to enlarged images; the schedule's nearest level is taken
+CASCADE_HOLD = 0.25  # share of the small image's frequencies, on each axis, that each cascade stage keeps fixed
 RETIRED = {
     "nested_noise": "noise is always nested now; pass other noise as `latents`",
     "noise_shift": "it gained nothing at any size; load the pipeline with a `refiner` for sizes beyond training",
@@ -53,7 +53,7 @@ class Run:
     callback_inputs: list[str]
     periodic: tuple[bool, bool]  # (rows, columns) that tile
     tileable: str | None  # the same, as the networks take it
-    parts: list[slice]  # of the batch that the networks see at once
+    parts: list[slice]  # parts of the batch, each of which the networks process at once
     calls: int = 0
     bar: object = field(default=None, repr=False)
 
@@ -61,16 +61,16 @@ class Run:
 class DFUPipeline(DFUPipelineBase):
     """Generates images of any height and width >= 1, also beyond the sizes the model was trained on.
 
-    The models go into evaluation mode when the pipeline is made: call `train()` on one before training it further.
-    Several pipelines may share a network and run at once, if each has a scheduler of its own.
+    The pipeline sets its models to evaluation mode: call `train()` on a model before you train it further. Several
+    pipelines may share a network and run at the same time, if each has its own scheduler.
 
     Args:
         unet: a `DFUModel`, or another denoiser called as `unet(sample, timestep, class_labels).sample`.
         scheduler: an `EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`.
         guide: a weaker model of the same images, such as an earlier snapshot of `unet` or a smaller network trained
-            for less time: `guidance_scale` then leads away from what it gets wrong (autoguidance, arXiv 2406.02507).
-        refiner: a `DFURefiner`, which adds detail to what `unet` draws on its own grid. With it one seed is one
-            picture at every size; its scheduler is a copy of `scheduler` for the deviation of detail.
+            for less time. `guidance_scale` then moves away from its errors (autoguidance, arXiv 2406.02507).
+        refiner: a `DFURefiner`, which adds detail to the picture that `unet` draws on its own grid (`sample_size`).
+            With it one seed is one picture at every size. Its sampler has `sigma_min` and `rho` of `scheduler`.
 
     Raises:
         ValueError: no unet.
@@ -125,7 +125,7 @@ class DFUPipeline(DFUPipelineBase):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback stopped the current or last run."""
+        """Whether a callback stopped the current or last run, by setting `_interrupt`."""
         return self._interrupt
 
     @torch.no_grad()
@@ -158,29 +158,31 @@ class DFUPipeline(DFUPipelineBase):
         Args:
             batch_size: number of images.
             height, width: size in pixels, at least 1 each; by default the `sample_size` of the refiner, or of `unet`.
-            num_inference_steps: steps of `unet`; a Heun step takes two network calls, the last one only one.
-            octave_steps: network calls of the refiner in each octave. One gives the mean detail, blurred.
+            num_inference_steps: steps of `unet`; a Heun step takes two network calls, the last step only one.
+            octave_steps: network calls of the refiner in each octave. 1 gives the mean of all possible detail, blurred.
             class_labels: class of each image, or one for all, if the model is class-conditional.
-            guidance_scale: weight w in D_weak + w (D - D_weak), a blend of denoised images; 1 switches it off. D_weak
-                is that of `guide` if the pipeline has one. Otherwise it is that of no class (classifier-free guidance,
-                arXiv 2207.12598): the last one, as in training with `--label_dropout`. Twice the calls of `unet`.
-            generator: source of all noise. A list has one per image, and then each image is the same whatever its
-                neighbours. A CPU generator gives the same noise on every device.
-            latents: unit normal noise to start from, (batch_size, channels, height, width); with a refiner of at least
-                the size of `unet`'s grid on each axis. Condition and churn noise still come from `generator`.
+            guidance_scale: weight w in D_weak + w (D - D_weak), a combination of denoised images; 1 switches it off.
+                D_weak comes from `guide` if the pipeline has one. Otherwise it is `unet`'s for "no class", the last
+                class, as in training with `--label_dropout` (classifier-free guidance, arXiv 2207.12598). Guidance
+                doubles the number of network calls of `unet`.
+            generator: source of all noise. With a list of one generator per image, each image does not depend on the
+                others of the batch. A CPU generator gives the same noise on every device.
+            latents: unit normal noise to start from, (batch_size, channels, height, width). With a refiner, height and
+                width are at least those of `unet`'s grid. Noise for the refiner's condition and for churn still comes
+                from `generator`.
             output_type: "pil" (1, 3 or 4 channels), "np" (batch, height, width, channels) or "pt" (batch, channels,
                 height, width) in [0, 1], or "latent": the sample itself, neither clamped nor rescaled.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network call;
                 may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there. In an octave
-                `latents` is its noisy detail, at the size of the octave.
-            callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
-            max_batch_size: the networks see at most so many images at once, to bound memory. The images stay the same.
-            strategy: None for "octaves" with a refiner and "direct" without. "cascade", without a refiner, samples
-                within `sample_size`, enlarges by steps of at most 2, and noises and denoises again after each (as in
-                DemoFusion, arXiv 2311.16973). `docs/zero_shot.md` has figures.
-            tileable: axes along which the images tile the plane: "x" (left and right edges meet), "y" or "xy"; None
-                for what the models were trained for.
+                `latents` is the noisy detail, at the size of the octave.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets: `["latents"]` or `[]`.
+            max_batch_size: most images that the networks process at once, to limit memory. The images stay the same.
+            strategy: None means "octaves" with a refiner and "direct" without. "cascade" (without a refiner) samples
+                within `sample_size`, then enlarges by a factor of at most 2, adds noise and denoises, again and again
+                (as in DemoFusion, arXiv 2311.16973). `docs/zero_shot.md` has figures.
+            tileable: axes along which the images tile the plane: "x" (left and right edges meet), "y" or "xy". None
+                takes the setting in the models' configurations.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -227,10 +229,10 @@ class DFUPipeline(DFUPipelineBase):
             return self._denoise(run, noise * scheduler.init_noise_sigma, scheduler, run.predict)
 
     def _sample_octaves(self, run: "Run", size, latents: torch.Tensor | None, replace=None) -> torch.Tensor:
-        """The sample of `unet` on its grid, and what the refiner adds to it.
+        """The sample of `unet` on its grid, with the detail that the refiner adds.
 
-        `replace` turns denoised images of the full size, (batch, channels, height, width), into others: on coarser
-        grids they are enlarged for it, and cut again.
+        `replace` maps denoised images of the full size, (batch, channels, height, width), to others. Images on coarser
+        grids are enlarged to the full size, replaced, and cut back to their modes.
         """
         base, device = self._sample_size("strategy='octaves'"), self._execution_device
         noise = NestedNoise(run.batch_size, self._channels, run.generator, run.periodic, device)
@@ -279,8 +281,8 @@ class DFUPipeline(DFUPipelineBase):
         return sample
 
     def _enlarge(self, run: "Run", images: torch.Tensor, size: tuple[int, int], begin: int) -> torch.Tensor:
-        """Images of `size` like those given: enlarged, noised to the level of network call `begin`, and denoised with
-        their lowest frequencies held."""
+        """The images enlarged to `size`, with noise of the level of network call `begin`, denoised from there with
+        their lowest frequencies kept fixed."""
         scheduler = self._scheduler_of(run.num_inference_steps)
         scheduler.set_begin_index(begin)
         large = resize_bicubic(images, size, run.periodic)
@@ -302,17 +304,17 @@ class DFUPipeline(DFUPipelineBase):
         noise_level: float = 0.0,
         project: Callable | None = None,
     ) -> torch.Tensor:
-        """Let a picture grow through `octaves`, the first of which is its own grid.
+        """Add the octaves of detail to a picture, whose own grid is the first of `octaves`.
 
         Args:
             picture: (batch, channels, height, width), values at pixel centres.
             noise, normals: source of noise, and the coefficients of the octaves' noise; None to draw them.
-            noise_level: deviation of noise that the picture has already.
+            noise_level: standard deviation of the noise that the picture already has.
             project: replaces each estimate of a picture, (batch, channels, height, width), by another one.
         """
         periodic, told = run.periodic, math.hypot(COARSE_NOISE, noise_level)
         for coarse, size in zip(octaves, octaves[1:]):
-            if self._interrupt:  # what there is, on the grid that was asked for
+            if self._interrupt:  # the unfinished picture, on the requested grid
                 return resize_modes(picture, octaves[-1], periodic)
             if project is not None:
                 picture = project(picture)
@@ -327,12 +329,12 @@ class DFUPipeline(DFUPipelineBase):
         return picture
 
     def _sample_detail(self, run, picture, condition, told, coarse, noise, normals, project) -> torch.Tensor:
-        """Detail of `picture`, which has the modes of the grid `coarse`, given `condition`, the same with noise."""
+        """Detail for `picture`, which has the modes of the grid `coarse`. `condition` is the picture with noise."""
         size, periodic = tuple(picture.shape[-2:]), run.periodic
         scheduler = octave_scheduler(self.scheduler, self.refiner, run.octave_steps, picture.device)
         run.draw_noise = lambda shape: noise.beyond(size, coarse)
 
-        def predict(sample, timestep):  # as the sample has no coarse modes, neither have the denoised ones
+        def predict(sample, timestep):  # the sample has no coarse modes, so the denoised detail must have none
             options = dict(coarse_noise=told, tileable=run.tileable, max_pixels=self._max_pixels)
             output = [
                 refine_in_strips(self.refiner, sample[part], timestep, condition[part], **options)
@@ -348,12 +350,12 @@ class DFUPipeline(DFUPipelineBase):
         return beyond(detail, coarse, periodic)
 
     def enable_tiling(self, max_pixels: int = MAX_PIXELS) -> None:
-        """Let the refiner see at most about `max_pixels` at once, in strips, to bound memory: the picture is the same.
-        On by default, for pictures of more than 2^20 pixels."""
+        """Run the refiner on strips of at most about `max_pixels` pixels, to limit memory; the picture stays the same.
+        By default this happens for pictures of more than 2^20 pixels."""
         self._max_pixels = _check_count("max_pixels", max_pixels)
 
     def disable_tiling(self) -> None:
-        """Let the refiner see whole pictures, however large."""
+        """Run the refiner on whole pictures of any size."""
         self._max_pixels = sys.maxsize
 
     # --- Steps ---
@@ -373,7 +375,7 @@ class DFUPipeline(DFUPipelineBase):
         max_batch_size,
         tileable=None,
     ) -> "Run":
-        """Check what the pipelines of this package have in common; how to run."""
+        """Check the arguments that all pipelines of this package share, and collect them in a `Run`."""
         batch_size = _check_count("batch_size", batch_size)
         num_inference_steps = _check_count("num_inference_steps", num_inference_steps)
         octave_steps = _check_count("octave_steps", octave_steps)
@@ -407,12 +409,12 @@ class DFUPipeline(DFUPipelineBase):
             yield
 
     def _check_finite(self, sums: list[torch.Tensor], stage: str, scheduler, begin: int) -> None:
-        """Raise a ValueError that names the first step whose output was not finite. Only here, once for `unet` and
-        once an octave, a run waits for an accelerator.
+        """Raise a ValueError that names the first step whose output was not finite. This is the only place where a run
+        waits for an accelerator: once for `unet`, and once per octave.
 
         Args:
-            sums: of the outputs of network calls `begin` and after.
-            stage: which network this was, at which size.
+            sums: sums of the outputs of all network calls from `begin` on.
+            stage: name of the network and its size, for the message.
         """
         finite = torch.stack(sums).isfinite().tolist() if sums else []
         if not all(finite):
@@ -427,9 +429,9 @@ class DFUPipeline(DFUPipelineBase):
         return grown * run.octave_steps
 
     def _scheduler_of(self, steps: int):
-        """The pipeline's scheduler at the beginning of a run of `steps`."""
+        """The pipeline's scheduler, set to the start of a run of `steps`."""
         self.scheduler.set_timesteps(steps, device=self._execution_device)
-        if hasattr(self.scheduler, "set_begin_index"):  # spares a search for the first timestep, a wait for the device
+        if hasattr(self.scheduler, "set_begin_index"):  # saves a search, which waits for the device
             self.scheduler.set_begin_index(0)
         return self.scheduler
 
@@ -483,7 +485,7 @@ class DFUPipeline(DFUPipelineBase):
         return changed.get("latents", latents)
 
     def _predict(self, sample, timestep, class_labels, step: int, tileable) -> torch.Tensor:
-        """The network's output (batch, channels, height, width), float32, guided if so asked."""
+        """The network's output (batch, channels, height, width), float32, with guidance if it is on."""
         evaluate = partial(self._evaluate, timestep=timestep, step=step, tileable=tileable)
         output = evaluate(self.unet, sample, class_labels=class_labels)
         if not self.do_classifier_free_guidance:
@@ -509,7 +511,7 @@ class DFUPipeline(DFUPipelineBase):
         """Images of a sample, which is in [-1, 1], or in [0, 1] already if not `do_denormalize`."""
         do_denormalize = [do_denormalize] * len(sample)
         if output_type == "pil" and sample.shape[1] == 1:
-            # By way of RGB: diffusers squeezes grey images, and a side of one pixel would be lost with the channel.
+            # Through RGB: diffusers squeezes grey images, which would also drop a side of one pixel.
             images = self.image_processor.postprocess(sample.expand(-1, 3, -1, -1), "pil", do_denormalize)
             return [image.getchannel(0) for image in images]
         return self.image_processor.postprocess(sample, output_type, do_denormalize)
@@ -534,7 +536,7 @@ class DFUPipeline(DFUPipelineBase):
         )
 
     def _sample_size(self, purpose: str) -> tuple[int, int]:
-        """That of `unet`, which `purpose` needs."""
+        """The `sample_size` of `unet` as (height, width), which `purpose` needs."""
         size = _pair(self._config_of_unet("sample_size"))
         if None in size:
             raise ValueError(f"{purpose} needs a model with a `sample_size` in its config, but this one has none.")
@@ -548,7 +550,7 @@ class DFUPipeline(DFUPipelineBase):
 
     def _noise_size(self, size: tuple[int, int], strategy: str) -> tuple[int, int, int]:
         """Channels, height and width of the noise from which a strategy starts."""
-        if strategy == "octaves":  # which begin with a whole grid of `unet`
+        if strategy == "octaves":  # `unet` always draws its whole grid
             size = tuple(max(sides) for sides in zip(size, self._sample_size("strategy='octaves'")))
         return self._channels, *size
 
@@ -562,7 +564,7 @@ class DFUPipeline(DFUPipelineBase):
         return strategy
 
     def _check_refiner(self) -> None:
-        """Raise a ValueError unless there is a refiner that goes on where `unet` ends."""
+        """Raise a ValueError unless there is a refiner, trained on coarse pictures as small as those of `unet`."""
         if self.refiner is None:
             raise ValueError(
                 "strategy='octaves' needs a refiner: load the pipeline with `refiner=DFURefiner.from_pretrained(...)`."
@@ -588,7 +590,7 @@ class DFUPipeline(DFUPipelineBase):
         return "y" in axes, "x" in axes
 
     def check_inputs(self, batch_size: int, generator, output_type, callback_inputs) -> None:
-        """Raise a ValueError or TypeError that names the argument, what was given and what is allowed."""
+        """Raise a ValueError or TypeError that names the argument, the value given and the values allowed."""
         _check_scheduler(self.scheduler)
         channels, out_channels = self._channels, self._config_of_unet("out_channels")
         if out_channels not in (None, channels):

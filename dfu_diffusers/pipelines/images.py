@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Given images: how they are read, and where in the schedule they come in."""
+"""Reading given images, and starting the schedule in the middle."""
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ def read_images(images, channels: int, name: str = "image") -> torch.Tensor:
     Args:
         images: a PIL image; an array (H, W), (H, W, channels) or (batch, H, W, channels); a tensor (H, W), (channels,
             H, W) or (batch, channels, H, W); or a list of these. Arrays and tensors hold bytes, or floats in [0, 1].
-        channels: how many to expect. PIL images are converted as in training (`convert_picture`): upright, 16 bits
-            scaled to 8, and laid over white where they are transparent, unless the model has four channels.
-        name: of the argument, for messages.
+        channels: number of channels to return. PIL images are converted as in training (`convert_picture`): rotated
+            upright, 16 bits scaled to 8, and laid over white where they are transparent, unless there are four
+            channels.
+        name: of the argument, for error messages.
 
     Raises:
-        ValueError, TypeError: other channels, sizes that differ, no pixels, values outside [0, 1], PIL images whose
-            values have no stated range.
+        ValueError, TypeError: another number of channels, different sizes, no pixels, values outside [0, 1], or PIL
+            images whose range of values is unknown.
     """
     batches = [_read(part, channels, name) for part in (images if isinstance(images, (list, tuple)) else [images])]
     sizes = sorted({f"{batch.shape[-2]}x{batch.shape[-1]}" for batch in batches})
@@ -37,13 +38,13 @@ def read_images(images, channels: int, name: str = "image") -> torch.Tensor:
 
 
 def read_mask(masks) -> torch.Tensor:
-    """Masks in the forms of `read_images` as (batch, 1, H, W) float32 in [0, 1]; colours count by their luminance.
+    """Masks in the forms of `read_images` as (batch, 1, H, W) float32 in [0, 1]; colours are converted to luminance.
 
-    Integers of which the greatest is 1, as in the masks of segmentation, stand for booleans.
+    Integers with a maximum of 1, as in segmentation masks, are read as booleans.
 
     Raises:
-        ValueError, TypeError: as `read_images`, masks that are transparent somewhere, and masks without a white pixel
-            (at least a half) that are not all black.
+        ValueError, TypeError: as `read_images`, masks with transparent pixels, and masks without a white pixel (at
+            least 0.5) that are not all black.
     """
     masks = [_booleans(each) for each in (masks if isinstance(masks, (list, tuple)) else [masks])]
     for mask in masks:
@@ -119,10 +120,10 @@ def _pixels(image: Image.Image, channels: int, name: str) -> np.ndarray:
 
 
 def middle_of_schedule(scheduler, num_inference_steps: int, strength: float, device) -> torch.Tensor:
-    """Set the scheduler to begin with the last `round(strength * num_inference_steps)` steps; their timesteps.
+    """Set the scheduler to the last `round(strength * num_inference_steps)` steps, and return their timesteps.
 
     Raises:
-        ValueError, TypeError: `strength` outside (0, 1], or a scheduler that is none of EDM.
+        ValueError, TypeError: `strength` outside (0, 1], or a scheduler that is not one of EDM.
     """
     if not _is_number(strength):
         raise TypeError(f"`strength` must be a number in (0, 1], but got {strength!r}.")

@@ -1,11 +1,11 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Repaint a part of given images with a DFU model, whose training knew no masks.
+"""Repaint a part of given images with a DFU model that was trained without masks.
 
-Every denoised image on the way has its known pixels replaced by the given ones, so that these carry exactly the noise
-of the step (the projection of DDNM, arXiv 2212.00490, whose operator is the mask here; with churn, fresh noise of each
-step as in RePaint, arXiv 2201.09865). What a denoised image lacks at the rim of the hole is interpolated into it, so
-that tones go on across the edge (the harmonic interpolation of Poisson image editing, Perez et al. 2003, at each call
-in place of once at the end).
+In every denoised image the known pixels are replaced by the given ones, so that the sample has exactly the noise of
+the step there (the projection of DDNM, arXiv 2212.00490, with the mask as operator; churn adds fresh noise at each
+step as in RePaint, arXiv 2201.09865). The difference between given and denoised image at the rim of the hole is
+interpolated over the hole and added, so that colours continue across the edge (the harmonic interpolation of Poisson
+image editing, Perez et al. 2003, at each network call instead of once at the end).
 """
 
 from collections.abc import Callable
@@ -24,12 +24,13 @@ SWEEPS = 10  # over each grid of a `HarmonicInterpolation`
 
 
 class DFUInpaintPipeline(DFUPipeline):
-    """Repaints what a mask marks, at any size. Its components are those of `DFUPipeline`: `from_pipe` shares them.
+    """Repaints the part of images that a mask marks, at any size. Its components are those of `DFUPipeline`:
+    `from_pipe` shares them.
 
     Args:
         unet: a `DFUModel`, or another denoiser called as `unet(sample, timestep, class_labels).sample`.
         scheduler: an `EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`. Churn (`s_churn` of
-            the first) goes back to a higher noise level before each step, which is what RePaint calls resampling.
+            the first) returns to a higher noise level before each step; RePaint calls this resampling.
 
     >>> from dfu_diffusers import DFUModel, EDMHeunScheduler
     >>> unet = DFUModel(block_out_channels=(8, 16), layers_per_block=1, fourier_modes=(4, None), attention_levels=())
@@ -65,28 +66,28 @@ class DFUInpaintPipeline(DFUPipeline):
 
         Args:
             image: what to repaint, see `read_images`; all images of one call have one size.
-            mask_image: white (at least a half) where to repaint, black elsewhere: one mask for all images, or one for
-                each, of their size. A PIL image of any mode, or an array or tensor of bytes, booleans, integers 0 and
-                1, or floats in [0, 1] as for `image`, with one channel.
-            strength: share of the sampler's steps to take, in (0, 1]. With 1 the result does not depend on what lay
-                under the mask; less keeps some of it, as `round(strength * num_inference_steps)` steps, at least one,
-                are left when the image comes in, noised to the level at which they begin.
-            num_inference_steps: steps of `unet`, on its own grid where there is a refiner.
-            octave_steps: network calls of the refiner in each octave, which takes part where `strength` is 1.
+            mask_image: white (at least 0.5) where to repaint, black elsewhere. One mask for all images, or one for
+                each, of the images' size. A PIL image of any mode, or an array or tensor with one channel, of bytes,
+                booleans, integers 0 and 1, or floats in [0, 1].
+            strength: share of the sampler's steps to take, in (0, 1]. With 1 the result does not depend on the pixels
+                under the mask. A lower value keeps some of them: the image gets noise of a middle level, from which
+                `round(strength * num_inference_steps)` steps, at least one, are left. The refiner is not used then.
+            num_inference_steps: steps of `unet`; with a refiner it works on its own grid.
+            octave_steps: network calls of the refiner in each octave, if `strength` is 1.
             class_labels: class of each image, or one for all, if the model is class-conditional.
-            generator: source of all noise (`nested_noise`, which is one function at all sizes). A list has one per
-                image, and then each image is the same whatever its neighbours.
-            latents: (images, channels, height, width) unit normal noise to take instead.
+            generator: source of all noise (`nested_noise`, the same function at all sizes). With a list of one
+                generator per image, each image does not depend on the others of the batch.
+            latents: (images, channels, height, width) unit normal noise to use instead.
             output_type: "pil" (1, 3 or 4 channels), "np" (batch, height, width, channels) or "pt" (batch, channels,
                 height, width) in [0, 1], or "latent": the sample itself, neither clamped nor rescaled.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network call;
                 may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there.
-            callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
-            max_batch_size: the network sees at most so many images at once, to bound memory. The images stay the same.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets: `["latents"]` or `[]`.
+            max_batch_size: most images that the network processes at once, to limit memory. The images stay the same.
             guidance_scale: as in `DFUPipeline`; 1 switches it off.
-            seamless: add the `HarmonicInterpolation`, over the hole, of what each denoised image lacks at its rim.
-                Leave it out for images whose neighbouring pixels have nothing to do with each other.
+            seamless: correct each denoised image inside the hole by the `HarmonicInterpolation` of its error at the
+                rim. Switch it off for images whose neighbouring pixels are unrelated.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -140,7 +141,7 @@ class DFUInpaintPipeline(DFUPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _goes_through_octaves(self, strength: float) -> bool:
-        """Whether the refiner takes part: not where the image under the mask is to shine through."""
+        """Whether the refiner is used: not if `strength` keeps some of the image under the mask."""
         if self.refiner is None:
             return False
         if strength == 1:
@@ -159,11 +160,12 @@ class DFUInpaintPipeline(DFUPipeline):
 
 
 class HarmonicInterpolation:
-    """Fills the holes of an image from the known pixels at their rims: each pixel there is nearly the mean of its
-    neighbours.
+    """Fills the holes of an image from the known pixels at their rims, so that each filled pixel is nearly the mean of
+    its neighbours.
 
-    The grids of a pyramid are relaxed from the coarsest on, `SWEEPS` times each (cascadic multigrid), which leaves a
-    deviation from the exact interpolation of about a tenth of that one's own, more over holes that reach a corner.
+    The grids of a pyramid are relaxed from the coarsest to the finest, `SWEEPS` times each (cascadic multigrid). The
+    result differs from the exact interpolation by about a tenth of the latter's deviation, more if a hole reaches a
+    corner.
 
     Args:
         hole: (1 or batch, 1, H, W) booleans, on the device of the images.
@@ -184,7 +186,7 @@ class HarmonicInterpolation:
             self.shares.append(_halve((self.shares[-1] > 0).float()))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (batch, channels, H, W), floating point, with its holes spanned. Zero where no pixel is known."""
+        """x (batch, channels, H, W), floating point, with its holes filled. Zero in images without known pixels."""
         values = [torch.where(self.shares[0] > 0, x, 0)]  # the means of the rim in each cell
         for share in self.shares[1:]:
             values.append(torch.where(share > 0, _halve(values[-1]) / share, 0))
@@ -197,7 +199,8 @@ class HarmonicInterpolation:
         return torch.where(self.hole, spanned, x)
 
     def _mean_of_neighbours(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the four beside each pixel of (batch, channels, H, W). Beyond an edge stands the pixel itself."""
+        """The mean of the four neighbours of each pixel, (batch, channels, H, W). Beyond an edge the pixel itself
+        counts as the neighbour."""
         vertical, horizontal = ("circular" if joined else "replicate" for joined in self.periodic)
         rows = F.pad(x, (0, 0, 1, 1), mode=vertical)
         columns = F.pad(x, (1, 1, 0, 0), mode=horizontal)
@@ -205,7 +208,7 @@ class HarmonicInterpolation:
 
 
 def _halve(x: torch.Tensor) -> torch.Tensor:
-    """Means over blocks of two by two; what an odd side leaves is a block of its own."""
+    """Means over blocks of 2x2 pixels; an odd last row or column forms smaller blocks."""
     return F.avg_pool2d(x, [min(2, side) for side in x.shape[-2:]], ceil_mode=True, count_include_pad=False)
 
 

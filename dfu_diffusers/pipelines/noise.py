@@ -19,18 +19,18 @@ def nested_noise(
 ) -> torch.Tensor:
     """White unit noise that is the same function at every size: the counterpart of diffusers' `randn_tensor`.
 
-    Every pixel is an independent N(0, 1), and every Fourier mode (in cycles per image, pixel j of N at (j + 1/2)/N)
-    has one and the same coefficient at all sizes that resolve it, below the Nyquist frequency of both axes, in units
-    of white noise (norm="ortho"). What makes it white is that it is an orthogonal transform, `fourier_basis`, of the
-    corner (H, W) of one endless array of independent normals.
+    Every pixel is an independent N(0, 1). Every Fourier mode (in cycles per image, pixel j of N at (j + 1/2)/N) has
+    the same coefficient at all sizes that resolve it (below the Nyquist frequency of both axes), in units of white
+    noise (norm="ortho"). The noise is an orthogonal transform, `fourier_basis`, of the first H rows and W columns of
+    an infinite array of independent normals; this is why it is white.
 
-    The normals are drawn on the CPU in blocks of an octave by an octave of frequencies, each from a seed of its own.
-    Only the seeds come from `generator`, which so advances by the same amount at every size.
+    The normals are drawn on the CPU in blocks, one octave of row frequencies by one octave of column frequencies, each
+    with its own seed. Only the seeds come from `generator`, so it advances by the same amount at every size.
 
     Args:
         shape: (batch, channels, H, W), any H, W >= 1.
-        generator: source of the seeds; a list has one for each image. By default torch's own on the CPU.
-        device, dtype: of the result, which is computed on the CPU: the same on all devices.
+        generator: source of the seeds; a list has one generator per image. By default torch's own on the CPU.
+        device, dtype: of the result. It is computed on the CPU, so it is the same on all devices.
 
     >>> small, large = (nested_noise((1, 3, n, n), torch.Generator().manual_seed(0)) for n in (32, 96))
     >>> torch.allclose(small.mean() * 32, large.mean() * 96, atol=1e-5)  # mode (0, 0) is the sum over sqrt(H W)
@@ -44,13 +44,14 @@ def nested_noise(
 
 
 def nested_normals(shape: tuple[int, int, int, int], generators: list[torch.Generator | None]) -> torch.Tensor:
-    """The corners (batch, channels, H, W), float32 on the CPU, of endless arrays of normals, one a generator."""
+    """The first H rows and W columns, (batch, channels, H, W), float32 on the CPU, of infinite arrays of normals, one
+    array for each generator."""
     _, channels, height, width = shape
     return torch.stack([_endless_normals(channels, height, width, each) for each in generators])
 
 
 def _endless_normals(channels: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
-    """The corner (channels, height, width), float32, of an endless array of normals."""
+    """The first rows and columns, (channels, height, width), float32, of an infinite array of normals."""
     device = "cpu" if generator is None else generator.device
     table = (NOISE_LEVELS, NOISE_LEVELS)
     seeds = torch.randint(2**32, table, generator=generator, device=device).tolist()  # CPU seeds use 32 bits
@@ -65,15 +66,15 @@ def _endless_normals(channels: int, height: int, width: int, generator: torch.Ge
 
 
 def _octaves(side: int) -> list[tuple[int, int]]:
-    """0..1, 1..2, 2..4, 4..8 and so on, as many as cover `side`."""
+    """The ranges 0..1, 1..2, 2..4, 4..8 and so on, up to the one that includes `side`."""
     return [(0, 1)] + [(2**level, 2 ** (level + 1)) for level in range((side - 1).bit_length())]
 
 
 def fourier_resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """x (batch, channels, H, W) on the grid `size`: the same function less the frequencies that one grid has not.
+    """x (batch, channels, H, W) on the grid `size`, with only the frequencies that both grids resolve.
 
-    White noise stays white, its deviation multiplied by sqrt(h w / (H W)) where the grid shrinks to h, w. Shrinking
-    undoes enlarging.
+    White noise stays white; if the grid shrinks to h, w, its standard deviation is multiplied by sqrt(h w / (H W)).
+    Shrinking undoes enlarging.
     """
     rows, columns = (_resampling_matrix(old, new).to(x) for old, new in zip(x.shape[-2:], size))
     return transform(rows, x, columns)
@@ -87,8 +88,8 @@ def _resampling_matrix(old: int, new: int) -> torch.Tensor:
 def fourier_basis(count: int, n: int) -> torch.Tensor:
     """The lowest `count` <= n functions of the real, pixel-centred Fourier basis on n pixels: (count, n), orthonormal.
 
-    Row 0 is constant; rows 2k - 1 and 2k are the sine and cosine of k cycles per image. For even n the last row, the
-    sine at the Nyquist frequency, has no cosine beside it: at the pixel centres that is zero. float64, on the CPU.
+    Row 0 is constant; rows 2k - 1 and 2k are the sine and cosine of k cycles per image. For even n the last row is the
+    sine at the Nyquist frequency; its cosine is zero at all pixel centres. float64, on the CPU.
     """
     row = torch.arange(count, device="cpu")
     cycles = (row + 1) // 2
@@ -105,7 +106,7 @@ def resize_bicubic(
     """x (batch, channels, H, W) on the grid `size`; along `periodic` axes opposite edges are neighbours."""
     frames = []
     for dim, old, new, joined in zip((2, 3), x.shape[-2:], size, periodic):
-        step = old // math.gcd(old, new)  # so many pixels are a whole number of new ones
+        step = old // math.gcd(old, new)  # this many pixels are a whole number of new pixels
         frame = joined * step * math.ceil(2 * max(1, old / new) / step)  # as wide as the kernel reaches
         if joined:
             x = x.index_select(dim, torch.arange(-frame, old + frame, device=x.device) % old)
@@ -117,7 +118,7 @@ def resize_bicubic(
 
 
 def growing_sizes(small: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes on the way from `small`, exclusive, to `size`: as few as can be with factors of at most 2, all equal.
+    """Sizes from `small` (exclusive) to `size`, growing by equal factors of at most 2, in as few steps as possible.
 
     >>> growing_sizes((64, 64), (192, 192)), growing_sizes((32, 64), (64, 128)), growing_sizes((64, 64), (64, 64))
     ([(111, 111), (192, 192)], [(64, 128)], [])

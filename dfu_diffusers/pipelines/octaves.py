@@ -9,19 +9,19 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from ..models.modes import Axes, from_modes, mode_basis, num_modes, transform
 from .noise import nested_normals
 
-COARSE_NOISE = 0.01  # deviation of the noise on the coarse picture that the refiner is told of
-MAX_PIXELS = 2**20  # that the refiner sees at once, unless told otherwise
+COARSE_NOISE = 0.01  # standard deviation of the noise added to the coarse picture; the refiner is told this value
+MAX_PIXELS = 2**20  # pixels that the refiner processes at once, by default
 
 
 class NestedNoise:
     """Unit normal coefficients of modes, the same for every size of a picture and for every batch.
 
-    Each picture has a generator of its own, seeded by the user's: the k-th draw of a picture depends on nothing else.
+    Each picture has its own generator, seeded from the user's: its k-th draw depends on that seed alone.
 
     Args:
-        pictures: their number.
-        channels: of each.
-        generator: the user's; a list has one for each picture.
+        pictures: number of pictures.
+        channels: channels of each.
+        generator: the user's; a list has one generator per picture.
         periodic: axes, (rows, columns), that tile.
     """
 
@@ -36,7 +36,7 @@ class NestedNoise:
         return nested_normals((len(self.generators), self.channels, *size), self.generators).to(self.device)
 
     def beyond(self, size: tuple[int, int], coarse: tuple[int, int], normals: torch.Tensor | None = None):
-        """White unit noise on the grid `size`, less the modes of the grid `coarse`."""
+        """White unit noise on the grid `size`, without the modes of the grid `coarse`."""
         normals = (self.coefficients(size) if normals is None else normals)[..., : size[0], : size[1]].clone()
         rows, columns = (num_modes(min(n, c), axis) for n, c, axis in zip(size, coarse, self.periodic))
         normals[..., :rows, :columns] = 0
@@ -60,11 +60,11 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 def octave_scheduler(scheduler, refiner, steps: int, device="cpu") -> EDMDPMSolverMultistepScheduler:
-    """The sampler of the refiner's detail, at its beginning: one network call a step.
+    """The sampler of the refiner's detail, set to its start: one network call per step.
 
-    What does not depend on the detail is taken from the pipeline's scheduler. The method is always DPM-Solver++(2M)
-    (arXiv 2211.01095): the coarse picture says so much of the detail that six calls give what Heun's method gives with
-    19, and with fewer calls Heun's leaves noise.
+    `sigma_min`, `rho` and `prediction_type` come from the pipeline's scheduler. The method is always DPM-Solver++(2M)
+    (arXiv 2211.01095): the coarse picture determines much of the detail, so six calls are as good as 19 with Heun's
+    method, which leaves noise with fewer calls.
     """
     shared = {name: scheduler.config[name] for name in ("sigma_min", "rho", "prediction_type")}
     detail = {"sigma_data": refiner.config.detail_std, "sigma_max": refiner.config.sigma_max}
@@ -78,8 +78,9 @@ def octave_scheduler(scheduler, refiner, steps: int, device="cpu") -> EDMDPMSolv
 def refine_in_strips(
     refiner, sample: torch.Tensor, timestep, coarse: torch.Tensor, coarse_noise, tileable: str | None, max_pixels: int
 ) -> torch.Tensor:
-    """The refiner's output, one picture and one strip of rows of at most about `max_pixels` at a time where the batch
-    has more. A strip is seen with as many rows around it as its output depends on, so the result is the same."""
+    """The refiner's output. If the batch has more than `max_pixels` pixels, the refiner runs on one picture and one
+    strip of rows at a time. Each strip includes the rows around it on which its output depends, so the result is the
+    same."""
     batch, _, height, width = sample.shape
 
     def refine(x, below):

@@ -1,8 +1,8 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What makes a saved pipeline self-contained: its code beside its weights.
+"""Self-contained folders: the code of a pipeline saved beside its weights.
 
-The Hub fetches one file of code for each component, so each class travels as one file: its module, after the modules
-of this package that it imports.
+diffusers fetches one file of code for each component from the Hub. So each class is saved as one file: the modules of
+this package that it imports, followed by its own module.
 """
 
 import importlib
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 REMOTE = "diffusers_modules"  # where diffusers puts code that came with a repository
-# The files of self-contained repositories, and the class that each brings. These names are part of the format: they
-# stay even if a module of this package is renamed.
+# The files of self-contained repositories, and the class that each contains. These names are part of the format: they
+# stay the same even if a module of this package is renamed.
 REMOTE_CODE_MODULES = {
     "modeling_dfu": "DFUModel",
     "modeling_dfu_refiner": "DFURefiner",
@@ -27,8 +27,8 @@ INTERNAL_IMPORT = re.compile(r"^from (\.[\w.]*) import (?:\([^)]*\)|.*)\n", re.M
 
 
 def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
-    """What makes a saved pipeline self-contained: a file of code for each of our classes, and a model_index.json that
-    names them.
+    """The files that make a saved pipeline self-contained: code for each of our classes, and a model_index.json that
+    names it.
 
     Args:
         folder: the pipeline as diffusers saved it.
@@ -61,7 +61,7 @@ def code_files(folder: str | Path, pipeline_class: type) -> dict[str, str]:
 
 
 def _code_of(cls: type) -> tuple[str, str]:
-    """Stem and text of the file that brings a class; one that came with a repository is in a file of its own."""
+    """Stem and text of the file that contains a class. A class that came with a repository already has its file."""
     if cls.__module__.split(".")[0] == REMOTE:
         source = Path(sys.modules[cls.__module__].__file__)
         return source.stem, source.read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def _code_of(cls: type) -> tuple[str, str]:
 
 
 def bundle(module: str) -> str:
-    """One file of a module and of those of this package that it imports, each after those that it needs itself."""
+    """One text with a module and all modules of this package that it imports, each after those that it needs."""
     texts = {}
 
     def add(name: str) -> None:

@@ -1,9 +1,9 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Enlarge given images to any height and width.
 
-With a refiner the given image is the coarse picture, and the refiner adds what lies beyond its modes: the same
-operation as generating, less the layout. Without one, a DFU model resizes the image, noises it to a middle level of
-the sampler's schedule and denoises it from there (SDEdit, arXiv 2108.01073).
+With a refiner the given image is the coarse picture, and the refiner adds the modes beyond it, as in generation; only
+the trunk is not needed. Without a refiner the image is resized, noise of a middle level of the schedule is added, and
+a DFU model denoises it from there (SDEdit, arXiv 2108.01073).
 
 With `consistency` the result is moved to the nearest image whose area averages are the given pixels (null-space
 projection, DDNM, arXiv 2212.00490, Equation 13).
@@ -30,7 +30,7 @@ from .octaves import NestedNoise, coefficients_of
 logger = logging.get_logger(__name__)
 
 TOLERANCE = 0.4 / 255  # of area averages before rounding to 8 bits, which adds at most 0.5 / 255; pixels in [0, 1]
-MAX_PROJECTIONS = 1000  # a saturated cell of s x s pixels closes a share of about 1/s^2 of its gap in each
+MAX_PROJECTIONS = 1000  # in a saturated cell of s x s pixels each one reduces the error by a share of about 1/s^2
 
 
 class DFUSuperResolutionPipeline(DFUPipeline):
@@ -95,30 +95,32 @@ class DFUSuperResolutionPipeline(DFUPipeline):
 
         Args:
             image: what to enlarge, see `read_images`; all images of one call have one size.
-            height, width: size of the result in pixels. One that is None keeps the proportions of the image.
-            scale: instead of these, the factor of both sides, e.g. 2.7; sizes are rounded. 2 if all three are None.
-            noise_level: deviation of noise in the image, in [0, 2] where images reach from -1 to 1: the refiner then
-                trusts its finest modes less. About 0.02 to 0.1 for compressed images. With a refiner only.
-            octave_steps: network calls of the refiner in each doubling of the sides. One gives the mean of all results
-                that fit: nearest to the truth in squared error, and blurred.
-            consistency: the result, area-averaged to the size of the image, is the image: to 1/255 in each pixel after
-                clamping and rounding to 8 bits. Under a factor that is no integer there may be no such image in
-                [0, 1]; then a warning says by how much it is missed. None is True where both sides at least double.
-            strength: share of the sampler's steps to take, in (0, 1], without a refiner. Low values keep what bicubic
-                interpolation makes of the image; 1 keeps what `consistency` asks for, nothing more.
+            height, width: size of the result in pixels. If one of them is None, the aspect ratio stays the same.
+            scale: instead of height and width, the factor of both sides, e.g. 2.7; sizes are rounded. 2 if all three
+                are None.
+            noise_level: standard deviation of the noise in the image, in [0, 2], where images are in [-1, 1]. The
+                refiner then relies less on the finest modes of the image. About 0.02 to 0.1 for compressed images.
+                Needs a refiner.
+            octave_steps: network calls of the refiner in each doubling of the sides. 1 gives the mean of all possible
+                results: nearest to the truth in squared error, but blurred.
+            consistency: the result, area-averaged to the size of the image, equals the image to 1/255 in each pixel,
+                after clamping and rounding to 8 bits. If the factor is not an integer, there may be no such result in
+                [0, 1]; a warning then says by how much it differs. None means True if both sides at least double.
+            strength: share of the sampler's steps to take, in (0, 1], without a refiner. Low values stay close to
+                bicubic interpolation; 1 keeps only what `consistency` requires.
             num_inference_steps: steps of the whole schedule, without a refiner.
             class_labels, guidance_scale: as in `DFUPipeline`, without a refiner.
-            generator: source of all noise, which is one function at all sizes. A list has one per image, and then each
-                image is the same whatever its neighbours.
-            latents: (images, channels, height, width) unit normal noise to take instead, with a refiner of at least
-                the size of the image on each axis.
+            generator: source of all noise, which is the same function at all sizes. With a list of one generator per
+                image, each image does not depend on the others of the batch.
+            latents: (images, channels, height, width) unit normal noise to use instead. With a refiner, height and
+                width are at least those of the image.
             output_type: "pil" (1, 3 or 4 channels), "np" (batch, height, width, channels) or "pt" (batch, channels,
                 height, width) in [0, 1], or "latent": the sample itself, neither clamped nor rescaled.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network call;
                 may return a dict with new `latents`, and may set `pipe._interrupt = True` to stop there.
-            callback_on_step_end_tensor_inputs: what the callback sees, of `["latents"]`.
-            max_batch_size: the network sees at most so many images at once, to bound memory. The images stay the same.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets: `["latents"]` or `[]`.
+            max_batch_size: most images that the network processes at once, to limit memory. The images stay the same.
             tileable: axes along which the image tiles the plane, as in `DFUPipeline`.
 
         Returns:
@@ -173,7 +175,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         return (self.refiner if self.unet is None else self.unet).config.in_channels
 
     def _add_octaves(self, run: Run, image, size, latents, noise_level: float) -> torch.Tensor:
-        """The image with the detail that a refiner adds beyond its modes."""
+        """The image, enlarged, with the detail that the refiner adds beyond the image's modes."""
         periodic, octaves = run.periodic, octave_sizes(size, image.shape[-2:])
         noise = NestedNoise(run.batch_size, self._channels, run.generator, periodic, image.device)
         normals = None if latents is None else coefficients_of(latents.to(image), periodic)
@@ -227,10 +229,10 @@ class DFUSuperResolutionPipeline(DFUPipeline):
 
 
 class AreaAverage:
-    """The images of another size whose area averages are the given ones, and how to get to the nearest of them.
+    """The set of images of a larger size whose area averages are a given image, and projections onto it.
 
-    Averaging rows and columns are matrices A of full rank, one for each axis, so that the pseudo-inverse of both
-    together is the pair of A^T (A A^T)^-1.
+    Averaging along an axis is a matrix A of full rank, one for rows and one for columns. So its pseudo-inverse is
+    A^T (A A^T)^-1 along each axis.
 
     Args:
         image: (batch, channels, h, w), the averages, in [-1, 1].
@@ -246,7 +248,8 @@ class AreaAverage:
         )
 
     def error(self, x: torch.Tensor, of=slice(None)) -> torch.Tensor:
-        """What the averages of x (images, channels, H, W) lack: (images, channels, h, w); `of` which of the batch."""
+        """The given image minus the averages of x (images, channels, H, W): (images, channels, h, w). `of` selects
+        the images of the batch to which x belongs."""
         return self.image[of] - transform(self.rows, x, self.columns)
 
     def project(self, x: torch.Tensor, of=slice(None)) -> torch.Tensor:
@@ -254,9 +257,9 @@ class AreaAverage:
         return x + transform(self.inverse_rows, self.error(x, of), self.inverse_columns)
 
     def project_into_range(self, x: torch.Tensor) -> torch.Tensor:
-        """Alternate between the images in [-1, 1] and those that have the averages, each image until it is both."""
+        """Project each image onto [-1, 1] and onto the averages in turn, until it has both."""
         x = x.clamp(-1, 1)
-        left = torch.arange(len(x), device=x.device)  # to be done
+        left = torch.arange(len(x), device=x.device)  # images that are not done
         for _ in range(MAX_PROJECTIONS):
             missed = self.error(x[left], left).abs().amax((1, 2, 3)) / 2
             left = left[missed > TOLERANCE]
@@ -271,7 +274,7 @@ class AreaAverage:
 
 
 def area_matrix(cells: int, pixels: int) -> torch.Tensor:
-    """(cells, pixels) float64: the share of each pixel in the mean over each cell, both dividing the same interval.
+    """(cells, pixels) float64: the weight of each pixel in the mean over each cell. Both divide the same interval.
 
     >>> area_matrix(2, 3)
     tensor([[0.6667, 0.3333, 0.0000],
