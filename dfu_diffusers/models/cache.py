@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""A cache of tensors that is bounded by their bytes."""
+"""A cache of tensors with a limit in bytes."""
 
 import threading
 from collections import OrderedDict
@@ -9,11 +9,11 @@ import torch
 
 
 class TensorCache:
-    """The results of a function, tensors or tuples of them, those used last and as many as fit. Safe among threads.
+    """Keeps the most recently used results of a function, as many as fit. Thread-safe.
 
     Args:
-        function: takes hashable arguments.
-        max_bytes: of all results together. One that is larger is computed at each call.
+        function: takes hashable arguments, and returns a tensor or a tuple of tensors.
+        max_bytes: limit for all kept results together. A result that is larger is not kept.
 
     >>> cached = TensorCache(torch.zeros, max_bytes=8)
     >>> cached(2) is cached(2), cached(3) is cached(3)

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Operations with a backward pass of our own that is faster than autograd's on a CPU."""
+"""Operations whose own backward pass is faster on a CPU than autograd's."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,8 @@ LARGE_WEIGHT = 1 << 20  # numbers in a tensor that a CPU's cache should hold
 
 
 def _is_plain_on_cpu(x: torch.Tensor) -> bool:
-    """Whether functions with a backward pass of our own will do: not for compilers, tracers and `torch.func`, which
-    look inside, nor for tensors of another class."""
+    """Whether the functions of this module can be used: not under compilers, tracers and `torch.func`, which trace the
+    single operations, and not for subclasses of tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not torch.Tensor:
         return False
     return x.device.type == "cpu" and torch._C._functorch.maybe_current_level() is None
@@ -21,8 +21,9 @@ def _is_plain_on_cpu(x: torch.Tensor) -> bool:
 class _MixModes(torch.autograd.Function):
     """x (rows * columns, 2b, in) times weight[first : first + rows, :columns], in the dtype of x.
 
-    For large weights on a CPU: autograd would keep the sliced or lowered copy of them for the backward pass, and there
-    write their gradient two to three times. Here both pass once, in blocks of rows that stay in the cache.
+    For large weights on a CPU. Autograd would keep a sliced or lower-precision copy of them for the backward pass, and
+    write their gradient two to three times. Here weights and gradient are passed over once, in blocks of rows that
+    stay in the cache.
     """
 
     @staticmethod
@@ -65,8 +66,8 @@ class _MixModes(torch.autograd.Function):
 def _normalise(x: torch.Tensor, weight, bias, groups: int, eps: float):
     """Group normalisation of channels-last x on a CPU, and the means and 1 / deviations (batch, groups).
 
-    Torch's own, but for half precision on maps below 1,024 pixels: there its loops go along the few channels of a
-    group, and whole passes of vectorised code are up to ten times as fast."""
+    This is torch's own, except in half precision on maps below 1,024 pixels. There torch loops over the few channels
+    of a group, and vectorised passes over the whole tensor are up to ten times as fast."""
     batch, channels, height, width = x.shape
     if x.dtype.itemsize > 2 or height * width >= 1024 or channels >= 16 * groups or x.numel() < 2**14:
         return torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
@@ -87,8 +88,8 @@ def _normalise(x: torch.Tensor, weight, bias, groups: int, eps: float):
 
 
 class _GroupNormOnCPU(torch.autograd.Function):
-    """Group normalisation of channels-last tensors on a CPU with a backward two to four times as fast as torch's:
-    whole passes of vectorised code over the data, four of them, in place of its loops."""
+    """Group normalisation of channels-last tensors on a CPU. Its backward is two to four times as fast as torch's:
+    it makes four vectorised passes over the data instead of torch's loops."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups: int, eps: float):

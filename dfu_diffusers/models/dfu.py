@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The Dual-FNO UNet (DFU): a denoiser whose weights mean the same at every height and width.
+"""The Dual-FNO UNet (DFU): a denoiser for every height and width.
 
 Havrilla, Rojas, Liao, Tao, "DFU: scale-robust diffusion model for zero-shot super-resolution image generation",
 arXiv 2401.06144. Each layer joins a 3x3 convolution, fixed in pixels, with a Fourier layer (Li et al., arXiv
@@ -45,23 +45,24 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         block_out_channels: channels of each level, finest first; the first is even and at least 4.
         layers_per_block: residual blocks of a level in the encoder; the decoder has one more.
         fourier_modes: for each level (rows, columns) of modes, see `SpectralConv2d`, an int k for (k, k + 1), or None
-            for no spectral path. Modes that a grid cannot resolve take no part there.
+            for no spectral path. Modes that a grid cannot resolve are left out there.
         conv_type: "dual"; "spatial" leaves out every spectral path (the paper's UNet baseline), "spectral" every 3x3
             convolution (its FNO-UNet baseline; each level needs modes).
         attention_levels: levels with self-attention in their encoder blocks and their last decoder block. The middle
             block always has it.
         dropout: probability in [0, 1) of zeroing a feature before a block's second convolution, while training.
-        norm_num_groups: most groups of a GroupNorm; a group has at least four channels.
+        norm_num_groups: upper limit of the groups of a GroupNorm; a group has at least four channels.
         norm_eps: epsilon of the GroupNorms.
         num_class_embeds: number of classes, or None for an unconditional model.
-        num_augment_labels: number of augmentation labels (EDM's non-leaking augmentation has 9), zero at sampling.
-        spectral_boundary: whether waves pass from edge to opposite edge, "periodic", or are reflected, "mirror", or a
-            pair for (rows, columns). With "mirror" modes count half cycles per image, see `SpectralConv2d`.
-        tileable: axes along which the 3x3 convolutions take the opposite edge for a neighbour, for images that tile
-            the plane: "x" (left and right edges meet), "y", "xy" or None. A call may choose others.
-        spectral_rank: None for full matrices in each Fourier mode, or the share of the channels, in (0, 1), to which
-            factors that all modes share reduce them, see `SpectralConv2d`: spectral weights shrink with its square.
-            `factorized` turns a trained model into one of these.
+        num_augment_labels: number of augmentation labels (EDM's non-leaking augmentation has 9); they are zero in
+            sampling.
+        spectral_boundary: "periodic" (waves continue at the opposite edge), "mirror" (waves are reflected), or a pair
+            of them for (rows, columns). With "mirror" modes count half cycles per image, see `SpectralConv2d`.
+        tileable: axes along which the 3x3 convolutions see the opposite edge instead of zeros, for images that tile
+            the plane: "x" (left and right edges meet), "y", "xy" or None. A call can override it.
+        spectral_rank: None for a full matrix in each Fourier mode. A number in (0, 1) mixes that share of the channels
+            in each mode, between two factors that all modes share, see `SpectralConv2d`: the spectral weights shrink
+            with its square. `factorized` converts a trained model.
 
     Raises:
         ValueError: an argument out of its range, or lists of levels that do not fit together.
@@ -170,8 +171,8 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
             class_labels: (batch,) integers in [0, num_class_embeds), for a class-conditional model.
             return_dict: return a `UNet2DOutput` rather than a tuple.
             augment_labels: (batch, num_augment_labels), None for zeros (an image that was not augmented).
-            tileable: axes along which the image tiles the plane, in place of the config's. Where all levels halve the
-                size without a rest, the output follows shifts of the input by whole pixels of the last level.
+            tileable: axes along which the image tiles the plane, in place of the config's. If all levels halve the
+                size exactly, a shift of the input by whole pixels of the last level shifts the output by as much.
 
         Returns:
             `UNet2DOutput` with `sample` (batch, out_channels, height, width), or a tuple of it.
@@ -201,7 +202,7 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
 
         # 4. decoder
         for block in self.up_blocks:
-            if not block.resample:  # rebound before the call, during which the parts would stay alive
+            if not block.resample:  # rebound before the call, so that the parts are freed during it
                 sample = torch.cat([sample, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if block.resample else None
             sample = self._run(block, sample, embedding, size, periodic)
@@ -213,11 +214,11 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
     def enable_gradient_checkpointing(
         self, gradient_checkpointing_func=None, levels: Iterable[int] | None = None
     ) -> None:
-        """As in diffusers: blocks keep their inputs only, and run again in the backward pass.
+        """As in diffusers: blocks keep only their inputs, and run again in the backward pass.
 
         Args:
             gradient_checkpointing_func: in place of torch's.
-            levels: only the blocks of these levels, 0 being the full image, which holds most; None for all.
+            levels: only the blocks of these levels; None for all. Level 0, the full image, needs most memory.
 
         Raises:
             ValueError: no levels, or one that the model does not have.
@@ -237,7 +238,7 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         skip_modules_classes: tuple[type, ...] | None = None,
         non_blocking: bool = False,
     ) -> None:
-        """As in diffusers, which knows torch's own layers only; here the spectral weights are cast, too."""
+        """As in diffusers, and also for the spectral weights: diffusers casts only torch's own layers."""
         compute_dtype = compute_dtype or self.dtype
         super().enable_layerwise_casting(
             storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, non_blocking
@@ -250,8 +251,9 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
                 apply_layerwise_casting(module, storage_dtype, compute_dtype, None, None, non_blocking)
 
     def factorized(self, spectral_rank: float) -> "DFUModel":
-        """A smaller model near this one, to be trained on: with its weights, those of the Fourier layers factorised by
-        `SpectralConv2d.factorized`. All its parameters train, and nothing is checkpointed.
+        """A smaller model that approximates this one, to be trained further. The weights of the Fourier layers are
+        factorised by `SpectralConv2d.factorized`, the others copied. All parameters are trainable, and gradient
+        checkpointing is off.
 
         Raises:
             ValueError: a rank outside (0, 1), a model that is factorised already, has no spectral path, or adapters.

@@ -62,8 +62,8 @@ class DualConv2d(nn.Module):
     def forward(
         self, x: torch.Tensor, size: tuple[int, int] | None = None, periodic: tuple[bool, bool] = (False, False)
     ) -> torch.Tensor:
-        """Args: x (batch, in_channels, H, W); size (H', W') of the output; whether along (rows, columns) the 3x3
-        convolution takes the opposite edge for a neighbour, rather than zeros."""
+        """Args: x (batch, in_channels, H, W); size (H', W') of the output; periodic, whether beyond an edge along
+        (rows, columns) the 3x3 convolution sees the opposite edge instead of zeros."""
         size = _check_layer_input(x, self.in_channels, size)
         if self.spatial is None:
             return self.spectral(x, size)
@@ -71,7 +71,7 @@ class DualConv2d(nn.Module):
         return out if self.spectral is None else self.spectral(x, size, residual=out)
 
     def _convolve(self, x: torch.Tensor, periodic: tuple[bool, bool]) -> torch.Tensor:
-        """The 3x3 convolution; along periodic axes of an image one pixel larger on each side, cut back afterwards."""
+        """The 3x3 convolution. Along periodic axes one pixel is added on each side first and cut off afterwards."""
         if not any(periodic):
             return self.spatial(x)
         height, width = x.shape[-2:]
@@ -99,13 +99,13 @@ def _init_linear(layer: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 def _group_norm(channels: int, max_groups: int, eps: float) -> nn.GroupNorm:
-    """At least four channels to a group, at most `max_groups` groups, and a number that divides the channels."""
+    """At least four channels per group, at most `max_groups` groups, in a number that divides the channels."""
     limit = max(1, min(max_groups, channels // 4))
     return _GroupNorm(next(groups for groups in range(limit, 0, -1) if channels % groups == 0), channels, eps=eps)
 
 
 def _norm_silu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """SiLU of the normalised x; in place where no gradient needs both, which saves a copy of the largest tensors."""
+    """SiLU of the normalised x; in place if no gradients are needed, which saves a copy of the largest tensors."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -132,8 +132,8 @@ class DFUBlock(nn.Module):
     Args:
         in_channels, out_channels, embedding_channels: channels of input, output and noise-level embedding.
         modes, conv_type, spectral_boundary, spectral_rank: of the dual convolutions, see `DualConv2d`.
-        level: index of the resolution level the block works on (0 is the full image); for those who freeze by level.
-        resample: "down" or "up" if the block joins two levels.
+        level: index of the resolution level on which the block works (0 is the full image), used to freeze by level.
+        resample: "down" or "up" if the block leads from one level to the next.
         attention: end with self-attention.
         dropout: probability of zeroing a feature before the second convolution, while training.
         norm_num_groups, norm_eps: of the GroupNorms.

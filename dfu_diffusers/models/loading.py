@@ -10,11 +10,11 @@ class SafetensorsMixin:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in diffusers, from safetensors only, and with weights at aligned addresses: a loaded model repeats the
-        saved one bit for bit.
+        """As in diffusers, but from safetensors only, and with weights at aligned addresses, so that a loaded model
+        gives bit for bit the results of the saved one.
 
-        A `.bin` is never opened: it is a pickle. Weights mapped from a file begin at any address, where a CPU's matrix
-        products take other paths and round differently; a copy in memory of their own puts that right.
+        A `.bin` file is a pickle, and is never opened. Weights mapped from a file may begin at unaligned addresses,
+        where a CPU's matrix products take other paths and round differently; these weights are copied.
 
         Raises:
             ValueError: `use_safetensors=False`.
@@ -43,7 +43,7 @@ class SafetensorsMixin:
         """As in diffusers, as safetensors only.
 
         Raises:
-            ValueError: `safe_serialization=False`, whose file, a pickle, `from_pretrained` would refuse.
+            ValueError: `safe_serialization=False`, which writes a pickle that `from_pretrained` would refuse.
         """
         refuse_pickles(type(self).__name__, safe_serialization)
         kwargs |= {"variant": variant, "max_shard_size": max_shard_size}  # by name: pipelines look for these arguments

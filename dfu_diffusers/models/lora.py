@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""LoRA adapters of a DFU, which reach the spectral weights, too."""
+"""LoRA adapters of a DFU, for the spectral weights, too."""
 
 import importlib
 import os
@@ -12,13 +12,13 @@ from torch import nn
 
 from .loading import refuse_pickles
 
-# What is read of a file's metadata, of all that PEFT has options for.
+# The metadata of a file that are read.
 LORA_OPTIONS = (
     "r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora", "target_parameters", "rank_pattern",
     "alpha_pattern",
 )  # fmt: skip
-# And what is not heeded: the origin, how to begin where no values are given, and which layers are meant, for the names
-# of the weights tell that, and these may be regular expressions, which can take forever.
+# The metadata that are ignored: the origin, how weights are initialised, and which layers are adapted. The names of
+# the weights say which layers these are; here they may be regular expressions, which can take very long to match.
 LORA_REMARKS = (
     "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -47,24 +47,24 @@ class LoRAMixin(PeftAdapterMixin):
     ) -> None:
         """As in diffusers, for what `save_lora_adapter` wrote: a .safetensors file or a state dict, without a prefix.
 
-        Not by way of diffusers' method, which hands PEFT the state dict, and that refuses adapters of plain parameters
-        such as the spectral weights. The names of the weights tell which layers are adapted; of the file's metadata
-        only numbers and names of layers are used, never a regular expression. A LoRA that is refused leaves the model
-        as it was.
+        diffusers' method is not used: it passes the state dict to PEFT, which refuses adapters of plain parameters such
+        as the spectral weights. The names of the weights say which layers are adapted. Of the file's metadata only
+        numbers and names of layers are used, never a regular expression. A LoRA that is refused leaves the model
+        unchanged.
 
         Args:
             pretrained_model_name_or_path_or_dict: a folder, a file, the id of a Hub repository, or a state dict.
-            adapter_name: a new name; None makes one up.
+            adapter_name: a new name; by default one is generated.
             metadata: the LoRA's configuration, for a state dict or in place of the file's.
             hub_arguments: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`,
                 `force_download` and `proxies`.
 
         Raises:
-            TypeError: an unknown argument (`hotswap` is one), or metadata that ask for more than LoRA layers.
+            TypeError: an unknown argument (such as `hotswap`), or metadata for anything but LoRA layers.
             ValueError: a prefix, pickles, a name in use, metadata with values out of range or with patterns that are
-                no names of layers, or a LoRA for a model of another configuration.
+                not names of layers, or a LoRA for a model of another configuration.
         """
-        # Imported here because it is private: should diffusers move it, nothing else may break.
+        # Imported here because it is private: if diffusers moves it, nothing else breaks.
         from diffusers.loaders.lora_base import _fetch_state_dict
 
         if prefix is not None or use_safetensors is False:
@@ -109,20 +109,20 @@ class LoRAMixin(PeftAdapterMixin):
         """As in diffusers, as safetensors only.
 
         Raises:
-            ValueError: `safe_serialization=False`, whose file, a pickle, `load_lora_adapter` would refuse.
+            ValueError: `safe_serialization=False`, which writes a pickle that `load_lora_adapter` would refuse.
         """
         refuse_pickles(type(self).__name__, safe_serialization)
         super().save_lora_adapter(save_directory, adapter_name, upcast_before_saving, weight_name=weight_name)
 
 
 def _peft():
-    """PEFT, an option. An import statement, wherever it stood, would make diffusers demand it of all who load this
-    file from a repository."""
+    """PEFT, which is optional. With an import statement, diffusers would require it of everybody who loads this file
+    from a repository."""
     return importlib.import_module("peft")
 
 
 def _checked(metadata: dict | None) -> dict | None:
-    """What LoRA layers need of the metadata; TypeError or ValueError unless they ask for these alone and in range."""
+    """The metadata that LoRA layers need. Raises TypeError or ValueError for others, or for values out of range."""
     if metadata is None:
         return None
     _refuse_other_adapters(metadata)
@@ -174,9 +174,9 @@ def _odd(name: str, value, wanted: str) -> ValueError:
 
 
 def _lora_config(model: nn.Module, state_dict: dict, metadata: dict | None):
-    """PEFT's LoraConfig of a saved LoRA for a model without adapters, with names where PEFT would take patterns.
+    """PEFT's LoraConfig of a saved LoRA for a model without adapters, with escaped names where PEFT takes patterns.
 
-    Without metadata ranks are told by the shapes, and alpha is the rank.
+    Without metadata the ranks follow from the shapes, and alpha is the rank.
     """
     layers = {key.split(".lora_")[0].replace(".base_layer", "") for key in state_dict}
     if not layers <= {name for name, _ in model.named_modules()}:

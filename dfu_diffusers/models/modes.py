@@ -1,13 +1,14 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Nested spaces of modes: what pictures of different sizes have in common.
+"""Modes: how pictures of different sizes are related.
 
 Along an axis of n pixels a picture is a sum of n cosine modes, cos(pi k y) with y = (j + 1/2) / n and k = 0 .. n-1
 (the DCT-II). Along an axis that tiles it is a sum of Fourier modes instead. Coefficients do not depend on the size:
-the k-th is the mean of the picture times the k-th mode (times sqrt(2) for k > 0). So the lowest modes of a large
-picture are those of a small one: the spaces are nested.
+the k-th is the mean of the picture times the k-th mode (times sqrt(2) for k > 0). So a small picture has the lowest
+modes of a large one: the spaces of pictures are nested.
 
-A pixel holds the mean of the picture over its area, not its value at the centre. This weakens mode k by
-sinc(k / 2n), down to 0.64 for the last one; `to_modes` and `from_modes` undo and redo it where asked to.
+A pixel holds the mean of the picture over its area, not its value at the centre. This multiplies mode k by
+sinc(k / 2n), down to 0.64 for the highest. With `averaged`, `to_modes` divides by this factor and `from_modes`
+multiplies by it.
 
 White noise of deviation s on h x w pixels has independent coefficients of deviation s / sqrt(h w).
 """
@@ -23,8 +24,8 @@ Axes = tuple[bool, bool]
 
 
 def num_modes(n: int, periodic: bool = False) -> int:
-    """Modes of n pixels that larger grids share. An even number of pixels on a periodic axis has a sine at the Nyquist
-    frequency without its cosine: this one is left out.
+    """Number of modes of n pixels that larger grids have, too. On a periodic axis an even number of pixels also has a
+    sine at the Nyquist frequency, without its cosine: it is left out.
 
     >>> num_modes(16), num_modes(16, periodic=True), num_modes(15, periodic=True)
     (16, 15, 15)
@@ -35,8 +36,8 @@ def num_modes(n: int, periodic: bool = False) -> int:
 def mode_basis(n: int, periodic: bool = False, count: int | None = None) -> torch.Tensor:
     """The lowest `count` (by default all n) modes on n pixels, (count, n), orthonormal rows, float32 on the CPU.
 
-    Row k of the cosine basis is cos(pi k (j + 1/2) / n). Of the Fourier basis row 0 is constant, and rows 2k - 1 and
-    2k are the sine and cosine of k cycles.
+    Row k of the cosine basis is cos(pi k (j + 1/2) / n). In the Fourier basis row 0 is constant, and rows 2k - 1 and
+    2k are the sine and cosine of k cycles. All rows are scaled to unit length.
     """
     return _cached_basis(n, periodic, n if count is None else count)
 
@@ -72,13 +73,13 @@ def transform(rows: torch.Tensor, x: torch.Tensor, columns: torch.Tensor) -> tor
 def to_modes(
     x: torch.Tensor, size: tuple[int, int] | None = None, periodic: Axes = (False, False), averaged: bool = False
 ) -> torch.Tensor:
-    """Coefficients of the modes of x that a grid of `size` shares, by default all of x.
+    """Coefficients of the modes of x that a grid of `size` has, too; by default all modes of x.
 
     Args:
         x: (..., H, W).
         size: (height, width); the result has `num_modes` of min(height, H) rows, and columns likewise.
         periodic: axes, (rows, columns), that tile.
-        averaged: x holds averages over pixels: undo their damping.
+        averaged: x holds averages over pixels: divide by their damping of each mode.
     """
     (height, width), (new_height, new_width) = x.shape[-2:], size or x.shape[-2:]
     rows, columns = num_modes(min(height, new_height), periodic[0]), num_modes(min(width, new_width), periodic[1])
@@ -103,12 +104,12 @@ def from_modes(
 
 
 def resize_modes(x: torch.Tensor, size: tuple[int, int], periodic: Axes = (False, False)) -> torch.Tensor:
-    """x (..., H, W) on the grid `size`: modes that both grids have stay, others are zero."""
+    """x (..., H, W) on the grid `size`. Modes that both grids have are kept; all others are zero."""
     return from_modes(to_modes(x, size, periodic), size, periodic)
 
 
 def beyond(x: torch.Tensor, coarse: tuple[int, int], periodic: Axes = (False, False)) -> torch.Tensor:
-    """What modes beyond those of the grid `coarse` contribute to x (..., H, W)."""
+    """The part of x (..., H, W) in modes that the grid `coarse` does not have."""
     return x - from_modes(to_modes(x, coarse, periodic), x.shape[-2:], periodic)
 
 
@@ -118,7 +119,7 @@ def average_pixels(x: torch.Tensor, periodic: Axes = (False, False)) -> torch.Te
 
 
 def share_beyond(size: tuple[int, int], coarse: tuple[int, int], periodic: Axes = (False, False)) -> float:
-    """The share of the modes of the grid `size` that lie beyond those of `coarse`.
+    """The share of the modes of the grid `size` that the grid `coarse` does not have.
 
     >>> share_beyond((32, 32), (16, 16)), share_beyond((32, 16), (16, 16))
     (0.75, 0.5)
@@ -128,8 +129,8 @@ def share_beyond(size: tuple[int, int], coarse: tuple[int, int], periodic: Axes 
 
 
 def octave_sizes(size: tuple[int, int], base: tuple[int, int]) -> list[tuple[int, int]]:
-    """Grids from `base` to `size`: sides double until they reach that of `size`. A side that is smaller than that of
-    `base` is cut to size by the last grid.
+    """Grids from `base` to `size`: sides double until they reach those of `size`. A side that is smaller in `size`
+    than in `base` shrinks in the second grid.
 
     >>> octave_sizes((97, 512), (16, 16))
     [(16, 16), (32, 32), (64, 64), (97, 128), (97, 256), (97, 512)]

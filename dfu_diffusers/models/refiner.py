@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The refiner: draws the next octave of detail of a picture, with the same weights for every octave."""
+"""The refiner: a network that draws the next octave of detail of a picture, with the same weights for every octave."""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from torch import nn
 from .loading import SafetensorsMixin
 from .lora import LoRAMixin
 
-NOISE_CHANNELS = 64  # sinusoids that tell a noise level
+NOISE_CHANNELS = 64  # sinusoids that encode a noise level
 EMBEDDING_CHANNELS = 256
-PICTURE_STD = 0.5  # deviation of the coarse picture
+PICTURE_STD = 0.5  # standard deviation of the coarse picture
 
 
 @dataclass
@@ -29,7 +29,8 @@ class DFURefinerOutput(BaseOutput):
 
 
 class PixelNorm(nn.Module):
-    """Divides the channels of each pixel by their root mean square. Unlike a group norm it cannot see the size."""
+    """Divides the channels of each pixel by their root mean square. Unlike a group norm it does not depend on the size
+    of the picture."""
 
     def __init__(self, channels: int, eps: float = 1e-6):
         super().__init__()
@@ -59,21 +60,22 @@ class RefinerBlock(nn.Module):
 
 
 class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
-    """Takes a coarse picture on a larger grid and noisy detail that is to be added to it; returns the network output F
-    of EDM (arXiv 2206.00364) for the detail.
+    """Takes a coarse picture on a larger grid and the noisy detail to add to it; returns the network output F of EDM
+    (arXiv 2206.00364) for the detail.
 
-    It asks the same local question at every octave: what do the next finer modes look like here? There is no
-    attention, no group norm and no position, which would tell the size, so it serves sizes that it was never trained
-    at. An output pixel depends on the input within `reach` pixels.
+    Its task is local and the same in every octave: what do the next finer modes look like here? It has no attention,
+    no group norm and no position, because these would reveal the size of the picture. So it works at sizes that it was
+    not trained at. An output pixel depends on the input within `reach` pixels.
 
     Args:
         in_channels: channels of the picture.
         hidden_channels: channels of the features, on a grid of half the size.
         num_layers: residual blocks of two 3x3 convolutions.
-        detail_std: deviation of the coefficients of detail, as of white noise: EDM's sigma_data for this model.
+        detail_std: standard deviation of the coefficients of detail, in units of white noise: the sigma_data of EDM
+            for this model.
         sigma_max: noise level from which detail is sampled.
-        sample_size: side that pipelines generate by default, the largest that it was trained at.
-        coarse_size: side of the smallest coarse picture that it was trained on.
+        sample_size: side, in px, that pipelines generate by default: the largest training size.
+        coarse_size: side, in px, of the smallest coarse picture in training.
         tileable: axes along which opposite edges are neighbours: "x", "y", "xy" or None.
 
     Raises:
@@ -144,12 +146,13 @@ class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
             sample: (batch, channels, height, width), c_in times the noisy detail, at least one pixel.
             timestep: ln(sigma) / 4 of the noise in the detail, a number or (batch,).
             coarse: (batch, channels, height, width), the coarse picture on the same grid, in [-1, 1], with noise.
-            coarse_noise: deviation of this noise on the coarse picture's own grid, positive, a number or (batch,).
-            tileable: axes along which opposite edges are neighbours; None for those of the config.
+            coarse_noise: standard deviation of this noise on the coarse picture's own grid, positive, a number or
+                (batch,).
+            tileable: axes along which opposite edges are neighbours; None takes those of the config.
             return_dict: return a `DFURefinerOutput` rather than a tuple.
 
         Raises:
-            ValueError: inputs of another shape or kind.
+            ValueError: an input of a wrong shape or type.
         """
         # 1. Inputs
         tileable = self.config.tileable if tileable is None else tileable
@@ -158,7 +161,7 @@ class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         height, width = x.shape[-2:]
         embedding = self._embed(timestep, coarse_noise, x)
 
-        # 2. Beyond a tileable axis the picture goes on; elsewhere an odd side gets a pixel more
+        # 2. Along a tileable axis the picture is continued periodically; an odd side gets one more pixel
         top, left = (self.reach if tileable and axis in tileable else 0 for axis in "yx")
         x = _wrap(_wrap(x, top, 2), left, 3)
         x = _even(_even(x, 2), 3)

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Moving feature maps between grids: area averages where they shrink, the nearest pixel centre where they grow."""
+"""Resampling of feature maps: area averages where they shrink, the nearest pixel centre where they grow."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ def _is_symbolic(*sizes) -> bool:
 
 
 def resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Move x (batch, channels, H, W) to the grid `size`: area average where it shrinks, nearest pixel centre where it
-    grows. Aligned with `SpectralConv2d`: a pixel is a cell, and cells keep their place on the unit square."""
+    """Resample x (batch, channels, H, W) to the grid `size`: area average where it shrinks, nearest pixel centre where
+    it grows. Aligned with `SpectralConv2d`: a pixel is a cell of the unit square."""
     height, width = x.shape[-2:]
     if (height, width) == tuple(size):
         return x
@@ -22,12 +22,12 @@ def resample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     x = _area_resize(_area_resize(x, min(height, size[0]), 2), min(width, size[1]), 3)
     if x.shape[-2:] != tuple(size):
         x = F.interpolate(x, size, mode="nearest-exact")
-    # The averages of one image come out in another layout, in which the convolution behind them is many times slower.
+    # Averages of a single image come out in another layout, in which the next convolution is many times slower.
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _area_resize(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
-    """Exact area average along `dim` onto n <= N cells: each pixel counts by the share of it that a cell covers."""
+    """Exact area average along `dim` onto n <= N cells: a pixel is weighted by the share of it that a cell covers."""
     old = x.shape[dim]
     if old == n:
         return x
@@ -50,7 +50,7 @@ def _resize_symbolic(x: torch.Tensor, n: int, dim: int) -> torch.Tensor:
     old = x.shape[dim]
     cells = torch.arange(n, device=x.device)
     if n > old:
-        # As F.interpolate does it, in float32: some centres lie between two pixels, and both must take the same.
+        # In float32, as in F.interpolate: some centres lie between two pixels, and both must round to the same one.
         scale = torch.full_like(cells, old, dtype=torch.float32) / n
         return x.index_select(dim, ((cells + 0.5) * scale).floor().long())
     pixels = torch.arange(old, device=x.device)

@@ -4,8 +4,8 @@
 Conventions, held by tests/test_layers.py and the slow twins in tests/reference:
     grid          pixel j of N is the cell around (j + 1/2) / N of the unit interval
     coefficients  c(k, l) = 1/(HW) sum v(i, j) exp(-2 pi i (k y_i + l x_j)), the same on every grid that resolves v
-    modes (r, c)  rows k = -r .. r-1, columns l = 0 .. c-1; only those below the Nyquist frequency take part
-    boundary      "periodic": waves of period 1; "mirror": of period 2, for the image continued by its mirror image
+    modes (r, c)  rows k = -r .. r-1, columns l = 0 .. c-1; only those below the Nyquist frequency are used
+    boundary      "periodic": waves of period 1; "mirror": of period 2, on the image together with its mirror image
 """
 
 import math
@@ -31,13 +31,13 @@ def _fourier_matrices(size: tuple, new_size: tuple, modes: tuple, periods: tuple
         inverse_h (2H', 4K)   [rr | ri | ir | ii] products of data and weight parts -> (h', real/imag)
         inverse_w (W', 2L)    [real | imaginary] of columns l -> real signal
     The 1/(HW), the half-pixel phases, the rule of complex multiplication and the double weight of columns l > 0 (each
-    stands for its conjugate twin, too) are all folded in. Where sizes are symbols (`torch.export`), no shape may
-    depend on how many modes they resolve: all are kept, and those that take no part are zero in the matrices.
+    stands for its conjugate twin, too) are all folded in. If sizes are symbolic (`torch.export`), no shape may depend
+    on how many modes they resolve: all modes are kept, and the matrices are zero for those that are not resolved.
 
-    `periods` are 1 or, along an axis where the image goes on as its mirror image, 2. The doubled image is even, so its
-    coefficients are sums of cosines over the first half, and of the result only the first half is evaluated.
+    `periods` are 1, or 2 along an axis where the image is continued by its mirror image. The doubled image is even, so
+    its coefficients are sums of cosines over the first half. The result is evaluated on the first half only.
 
-    Returns the four matrices, the first row of the weights that takes part, K and L.
+    Returns the four matrices, the first row of the weights that is used, K and L.
     """
     (height, width), (new_height, new_width), (r, c), (period_h, period_w) = size, new_size, modes, periods
     # Strictly below the Nyquist frequency of both grids: 2|k| < N, where N counts the pixels of a period.
@@ -82,24 +82,25 @@ _cached_fourier_matrices = TensorCache(_fourier_matrices, max_bytes=2**28)
 class SpectralConv2d(nn.Module):
     """Learned complex channel mixing of the lowest Fourier modes, y(k, l) = R(k, l) x(k, l) (Li et al., eq. 4-5).
 
-    The kept modes are found, mixed and evaluated on the output grid by small real matrix products, never by a full
-    FFT; evaluating them on another grid *is* the resampling. Works at every size from 1x1, in any floating dtype.
+    Small real matrix products compute the kept modes, mix their channels and evaluate them on the output grid, which
+    may have another size. No full FFT is computed. Works at every size from 1x1, in any floating dtype.
 
     Args:
         in_channels, out_channels: channels of input and output.
         modes: (r, c): rows k = -r .. r-1 and columns l = 0 .. c-1, in cycles per image. An int k means (k, k + 1), the
             same band on both axes.
         init_scale: factor on the initial weights. At 1 a band-limited input keeps its power.
-        boundary: "periodic", where the waves that leave at one edge come in at the opposite one; "mirror", where they
-            are reflected, and opposite edges do not know of each other; or a pair for (rows, columns). Mirror means
-            the periodic layer on the image continued by its mirror image, to twice the size, and cut back to it.
-            Modes then count half cycles per image: twice as many span the same band.
-        rank: None for a full matrix in each mode; a share of the channels in (0, 1) for R = U S(k, l) V with U (in, p)
-            and V (q, out) the same in all modes, a Tucker decomposition: p, q = `reduced(channels, rank)`.
+        boundary: "periodic": waves continue at the opposite edge. "mirror": waves are reflected, so opposite edges do
+            not affect each other. Or a pair of these for (rows, columns). Mirror applies the periodic layer to the
+            image together with its mirror image, twice the size, and keeps the original part. Modes then count half
+            cycles per image: the same band needs twice as many.
+        rank: None for a full matrix in each mode. A share of the channels in (0, 1) means R = U S(k, l) V, where
+            U (in, p) and V (q, out) are the same in all modes (a Tucker decomposition) and p, q =
+            `reduced(channels, rank)`.
 
     Attributes:
         weight: (2r * c, in_channels, 2 * out_channels), real: for each mode, row by row, [real | imaginary] of R; with
-            `rank` that of S, (2r * c, p, 2q).
+            `rank` those of S, (2r * c, p, 2q).
         reduce, expand: U and V, real, of a layer with `rank`; otherwise None.
 
     Raises:
@@ -138,7 +139,7 @@ class SpectralConv2d(nn.Module):
 
     @staticmethod
     def reduced(channels: int, rank: float | None) -> int:
-        """Channels in which the modes are mixed: a share `rank` of them, but at least eight, or all if they are fewer.
+        """Number of channels in which modes are mixed: the share `rank`, but at least eight (or all, if fewer).
 
         >>> [SpectralConv2d.reduced(channels, 0.4) for channels in (3, 16, 128)]
         [3, 8, 51]
@@ -147,11 +148,11 @@ class SpectralConv2d(nn.Module):
 
     @torch.no_grad()
     def factorized(self, rank: float) -> "SpectralConv2d":
-        """A layer with `rank` near this one: U and V span what matters most to the weights of all modes together (a
-        higher-order singular value decomposition, De Lathauwer et al. 2000).
+        """A layer with `rank` that approximates this one. U and V span the leading singular vectors of the weights of
+        all modes together (a higher-order singular value decomposition, De Lathauwer et al. 2000).
 
         Raises:
-            ValueError: a rank outside (0, 1), or a layer that has one.
+            ValueError: a rank outside (0, 1), or a layer that is factorised already.
         """
         if self.rank is not None:
             raise ValueError(f"This layer is factorised already, with rank={self.rank}: begin with a full one.")
@@ -169,15 +170,15 @@ class SpectralConv2d(nn.Module):
     def forward(
         self, x: torch.Tensor, size: tuple[int, int] | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Args: x (batch, in_channels, H, W); size (H', W'); residual (batch, out_channels, H', W'), a tensor that
-        nobody else needs: the result is accumulated into it, which saves a pass over memory."""
+        """Args: x (batch, in_channels, H, W); size (H', W') of the output; residual (batch, out_channels, H', W'), to
+        which the result is added in place, which saves a pass over memory: it is overwritten."""
         new_height, new_width = size = _check_layer_input(x, self.in_channels, size)
         batch, _, height, width = x.shape
         x = x.to(_compute_dtype(x))
         periods = tuple(2 if kind == "mirror" else 1 for kind in self.boundary)
         key = ((height, width), size, self.modes, periods, x.device, x.dtype)
-        # A compiled graph holds the construction itself: cached tensors would be inputs that force recompilation. And
-        # what a fake tensor leads to is fake, too, of no use to later calls.
+        # A compiled graph contains the construction: cached tensors would be inputs that force recompilation. Matrices
+        # made under fake tensors would be fake, too, and useless to later calls.
         cacheable = type(x) is torch.Tensor and not torch.compiler.is_compiling()
         fourier_matrices = _cached_fourier_matrices if cacheable else _fourier_matrices
         (forward_w, forward_h, inverse_h, inverse_w), first, rows, columns = fourier_matrices(*key)
@@ -275,7 +276,7 @@ def _parse_rank(rank) -> float | None:
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a matrix product on x runs: autocast lowers everything but float64."""
     device = x.device.type
-    # torch.compile in torch 2.6 cannot look into `is_autocast_available`, and needs not: it is for meta tensors.
+    # torch.compile in torch 2.6 cannot trace `is_autocast_available`; only meta tensors need that check.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     if x.dtype != torch.float64 and available and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -159,7 +159,7 @@ class DFUPipeline(DFUPipelineBase):
             batch_size: number of images.
             height, width: size in pixels, at least 1 each; by default the `sample_size` of the refiner, or of `unet`.
             num_inference_steps: steps of `unet`; a Heun step takes two network calls, the last step only one.
-            octave_steps: network calls of the refiner in each octave. 1 gives the mean of all possible detail, blurred.
+            octave_steps: network calls of the refiner in each octave. With 1 the detail is a mean, and looks blurred.
             class_labels: class of each image, or one for all, if the model is class-conditional.
             guidance_scale: weight w in D_weak + w (D - D_weak), a combination of denoised images; 1 switches it off.
                 D_weak comes from `guide` if the pipeline has one. Otherwise it is `unet`'s for "no class", the last
