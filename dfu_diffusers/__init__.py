@@ -1,8 +1,8 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """A Diffusers plugin for DFU (arXiv 2401.06144): images of any height and width from one diffusion model.
 
-Importing it teaches diffusers the public classes, so that `DiffusionPipeline.from_pretrained` and
-`AutoModel.from_pretrained` load saved DFU models. What trains, measures and publishes them is imported by name:
+Importing it registers the public classes with diffusers, so that `DiffusionPipeline.from_pretrained` and
+`AutoModel.from_pretrained` load saved DFU models. Training, evaluation and publishing are imported by name:
 `dfu_diffusers.data`, `dfu_diffusers.training`, `dfu_diffusers.evaluation`, `dfu_diffusers.hub`.
 """
 
@@ -27,7 +27,7 @@ __all__ = [
     "EDMHeunScheduler",
 ]
 
-# All that reaches into diffusers beyond its public classes stands in the next two functions.
+# Only the next two functions use parts of diffusers that are not public classes.
 
 
 def _register_with_diffusers() -> None:

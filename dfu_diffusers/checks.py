@@ -9,8 +9,8 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # w
 
 
 def real_number(value) -> int | float | None:
-    """The Python number of a real number of Python, NumPy or torch, whose zero-dimensional arrays and tensors count,
-    too. None for anything else: booleans are no numbers.
+    """The Python number of a real number of Python, NumPy or torch, zero-dimensional arrays and tensors included.
+    None for anything else, also for booleans.
 
     >>> real_number(3), real_number(torch.tensor(0.5)), real_number(True), real_number("3")
     (3, 0.5, None, None)

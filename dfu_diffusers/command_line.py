@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What command lines share: types of options, choices by name, and where a result comes from."""
+"""Helpers of the scripts: types of options, choices by name, and the commit and device of a result."""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def number(kind, low, high=math.inf, open_low=False):
-    """A type for argparse: an int or float of a range."""
+    """A type for argparse: an int or float in a range."""
 
     def parse(text):
         value = kind(text)
@@ -51,7 +51,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Of --model and --seed."""
+    """End the program with a message if --model or --seed cannot be used."""
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must lie in [0, 2^63), not {args.seed}")
     if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
@@ -62,7 +62,7 @@ def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 @cache
 def git_commit() -> str | None:
-    """Short hash of the repository's commit, with "-dirty" behind it where files differ, at the first call."""
+    """Short hash of the repository's commit at the first call, followed by "-dirty" if files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -71,7 +71,7 @@ def git_commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Of a GPU; of the processor, as far as the system tells, with torch's number of threads."""
+    """Name of a GPU, or of the processor, if the system gives one, with torch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

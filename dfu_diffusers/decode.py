@@ -1,14 +1,14 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The one reader of pictures: what a Pillow image means in training, in the pipelines, in scripts and on the page."""
+"""How pictures are read in training, in the pipelines, in scripts and on the Gradio page: the same everywhere."""
 
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows more, some by other programs
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has more, some run other programs
 
 
 def open_picture(file, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Pillow's `Image.open`, for these formats alone.
+    """Pillow's `Image.open`, for these formats only.
 
     Args:
         file: a path, or a file opened in binary mode.
@@ -21,12 +21,12 @@ def open_picture(file, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 
 
 def convert_picture(image: Image.Image, mode: str) -> Image.Image:
-    """A copy of a picture, upright and in 8 bits: turned as its EXIF data say, 16-bit values divided by 257, laid over
-    white where it is transparent, unless the mode has transparency, too.
+    """A copy of a picture, upright and in 8 bits: rotated as its EXIF data say, 16-bit values divided by 257, and laid
+    over white where it is transparent, unless `mode` has transparency.
 
     Args:
-        image: of any mode of Pillow.
-        mode: "L", "RGB" or "RGBA".
+        image: a Pillow image of any mode.
+        mode: of the result: "L", "RGB" or "RGBA".
 
     Raises:
         ValueError: values without a stated range (floats, or integers outside of 16 bits), or a colour space that

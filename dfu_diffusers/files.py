@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Files that are whole or not there, and names for contents."""
+"""Atomic writing of files, and digests of contents."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that an interruption leaves the old one or the new one."""
+    """Replace a file in one step, so that an interruption leaves either the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8", newline="")
@@ -18,8 +18,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until what was written to a file is on the disk; of a folder, the names of its files."""
-    if os.name == "nt":  # which opens no folders, and flushes only what is open for writing
+    """Wait until the content of a file, or the names of the files in a folder, are on the disk."""
+    if os.name == "nt":  # Windows cannot open folders, and flushes only files that are open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -29,5 +29,5 @@ def flush_to_disk(path: Path) -> None:
 
 
 def digest(*parts: bytes) -> str:
-    """Twenty hexadecimal digits that stand for these bytes, in this order."""
+    """SHA-256 of these bytes, in this order, cut to twenty hexadecimal digits."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:20]

@@ -47,8 +47,8 @@ class LoRAMixin(PeftAdapterMixin):
     ) -> None:
         """As in diffusers, for what `save_lora_adapter` wrote: a .safetensors file or a state dict, without a prefix.
 
-        diffusers' method is not used: it passes the state dict to PEFT, which refuses adapters of plain parameters such
-        as the spectral weights. The names of the weights say which layers are adapted. Of the file's metadata only
+        diffusers' method is not used: it passes the state dict to PEFT, which refuses adapters of plain parameters, as
+        the spectral weights are. The names of the weights say which layers are adapted. Of the file's metadata only
         numbers and names of layers are used, never a regular expression. A LoRA that is refused leaves the model
         unchanged.
 

@@ -48,9 +48,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     Differences from the stock [`EDMEulerScheduler`], whose argument names and defaults it shares:
 
     - It is second order: each step from one noise level to the next calls the network twice, except the last (to 0).
-    - Churn follows Algorithm 2: noise is added *before* the network is called and the network is told the raised level
-      `sigma_hat`, so both are part of the schedule. Without churn the sampler is deterministic (Algorithm 1).
-    - `init_noise_sigma` is the level the network is told first, `sigma_max` (stock: `sqrt(sigma_max**2 + 1)`).
+    - Churn follows Algorithm 2: noise is added *before* the network is called, and the network gets the raised level
+      `sigma_hat`, so the schedule contains both levels. Without churn the sampler is deterministic (Algorithm 1).
+    - `init_noise_sigma` is the first noise level of the network, `sigma_max` (stock: `sqrt(sigma_max**2 + 1)`).
     - `set_timesteps(sigmas=...)` takes noise levels (stock: positions between 0 and 1).
 
     Args:
@@ -59,7 +59,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         sigma_data (`float`, defaults to 0.5): Standard deviation of the training images, in [1e-18, 1e18].
         sigma_schedule (`"karras"` or `"exponential"`, defaults to `"karras"`):
             Noise levels of Equation 5, or in geometric progression.
-        num_train_timesteps (`int`, defaults to 1000): Levels before `set_timesteps` is called; no part in sampling.
+        num_train_timesteps (`int`, defaults to 1000): Number of levels before `set_timesteps` is called; not used in
+            sampling.
         prediction_type (`"epsilon"` or `"v_prediction"`, defaults to `"epsilon"`):
             `"epsilon"` is the paper's network F of Equation 7, `"v_prediction"` the one of opposite sign (as stock).
         rho (`float`, defaults to 7.0): Exponent of Equation 5, in [0.1, 1000]; higher favours low noise levels.
@@ -140,7 +141,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    # --- Preconditioning (Table 1, EDM column). The only home of these formulas: training calls them too. ---
+    # --- Preconditioning (Table 1, EDM column). Training uses these functions, too. ---
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """c_in x: the network's input, of unit variance. A `sigma` tensor broadcasts, e.g. (batch, 1, 1, 1)."""
@@ -171,12 +172,12 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return -c_out if self.config.prediction_type == "v_prediction" else c_out
 
     def _slope(self, sample: torch.Tensor, model_output: torch.Tensor, sigma: float) -> torch.Tensor:
-        """dx/dsigma = (x - D) / sigma of the probability flow (Algorithm 1, lines 4 and 7), D = c_skip x + c_out F put
-        in: at low noise x and D are nearly equal, and their difference would keep few of their digits."""
+        """dx/dsigma = (x - D) / sigma of the probability flow (Algorithm 1, lines 4 and 7), D = c_skip x + c_out F
+        substituted: at low noise x and D are nearly equal, and their difference would lose most digits."""
         return sigma / (sigma**2 + self.config.sigma_data**2) * sample - self._c_out(sigma) / sigma * model_output
 
     def loss_weight(self, sigma: float | torch.Tensor) -> float | torch.Tensor:
-        """lambda = 1 / c_out^2: the weight of |D - image|^2 that makes every noise level count alike at the start."""
+        """lambda = 1 / c_out^2: the weight of |D - image|^2 that gives all noise levels the same loss at the start."""
         return (sigma**2 + self.config.sigma_data**2) / (sigma * self.config.sigma_data) ** 2
 
     # --- The schedule ---
@@ -188,14 +189,15 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         sigmas: torch.Tensor | list[float] | None = None,
     ) -> None:
         """
-        Sets the noise levels and forgets any run in progress; call it before each run.
+        Sets the noise levels and ends any run in progress; call it before each run.
 
-        Afterwards `sigmas` (2N, float32, on the CPU so that no step waits for the device) holds the level of every
+        Afterwards `sigmas` (2N, float32, on the CPU so that no step waits for the device) contains the level of every
         network call and the final one, `[s^0, s1, s^1, s2, s^2, ..., s^(N-1), final]` where s^ is s raised by churn,
         and `timesteps` (2N - 1, float32, on `device`) is ln(sigma)/4 of every network call.
 
         Args:
-            num_inference_steps (`int`, *optional*): Number N of noise levels, at least 1. 18 in the paper's CIFAR-10.
+            num_inference_steps (`int`, *optional*):
+                Number N of noise levels, at least 1. The paper uses 18 for CIFAR-10.
             device (`str` or `torch.device`, *optional*): Where to put `timesteps`; the CPU if left out.
             sigmas (`list[float]` or 1-D `torch.Tensor`, *optional*):
                 Your own N noise levels (before churn), positive and strictly decreasing; a 0 may end them.
@@ -243,11 +245,11 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         ramp = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")  # whatever the default device is
         if self.config.sigma_schedule == "exponential":
             return high * (low / high) ** ramp
-        # So written it ends at `low` exactly: a difference of the two would round it to zero for small rho.
+        # This form ends exactly at `low`; with `high + ramp * (low - high)` small rho would round it to zero.
         return ((1 - ramp) * high ** (1 / rho) + ramp * low ** (1 / rho)) ** rho
 
     def _noise_std(self, index: int) -> float:
-        """Standard deviation of the noise in the sample of network call `index` (the sigma told, if s_noise is 1)."""
+        """Standard deviation of the noise in the sample of network call `index` (its sigma, if s_noise is 1)."""
         sigma = self.sigmas[index].item()
         if index % self.order:  # a corrector call, at an unchurned level
             return sigma
@@ -276,8 +278,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """
-        Tells where in `timesteps` the run begins: `2 * i` begins at noise level i, as in `timesteps[2 * i:]`.
-        Optional: it spares the first step a search, and with it the only wait for the device.
+        Sets where in `timesteps` the run begins: `2 * i` begins at noise level i, as in `timesteps[2 * i:]`.
+        Optional: it saves the first step a search, which is the only time that a run waits for the device.
 
         Raises:
             `ValueError`: if `begin_index` is negative or odd, the second call of a step.
@@ -289,8 +291,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
     ) -> int:
         """
-        Index of `timestep` in `timesteps`. Where two are equal (a corrector and the next predictor) it is the second,
-        so that a run starting there begins with a predictor.
+        Index of `timestep` in `timesteps`. If two are equal (a corrector and the next predictor), it is the second,
+        so that a run from there begins with a predictor.
 
         Raises:
             `ValueError`: if `timestep` is not one of `timesteps`.
@@ -329,7 +331,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             original_samples (`torch.Tensor` of shape (batch, ...)): Clean images.
             noise (`torch.Tensor` of the same shape): Unit noise.
             timesteps (`torch.Tensor` of shape (batch,)): Members of `self.timesteps`. As in the stock schedulers, they
-                give way to the running step, or else to `begin_index`, once `set_begin_index` was called.
+                are ignored once `set_begin_index` was called: then the current step counts, or else `begin_index`.
 
         Returns:
             `torch.Tensor`: of the shape and dtype of `original_samples`.
@@ -373,8 +375,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of one per image, *optional*): Source of the churn noise, which is
                 always drawn in float32. Unused without churn.
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
-            noise_sampler (`Callable`, *optional*): Draws the churn noise in place of `generator`: takes the sample's
-                shape and returns unit noise, such as `nested_noise` of the pipeline's module.
+            noise_sampler (`Callable`, *optional*): Draws the churn noise instead of `generator`. It takes the sample's
+                shape and returns unit noise, as `dfu_diffusers.pipelines.noise.nested_noise` does.
 
         Returns:
             [`EDMHeunSchedulerOutput`] or the tuple `(prev_sample, pred_original_sample)`.
@@ -390,7 +392,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             )
         if not self.is_scale_input_called:
             logger.warning("`scale_model_input` was not called before `step`: the network's input must be scaled.")
-            self.is_scale_input_called = True  # say it once
+            self.is_scale_input_called = True  # warn only once
 
         index = self._current_index(timestep)
         sigma, sigma_next = self.sigmas[index].item(), self.sigmas[index + 1].item()
@@ -406,11 +408,11 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             if index + 1 < len(self.timesteps):
                 self._heun_sample, self._heun_derivative = x, derivative
         else:
-            # Corrector: the step again with the mean of both slopes (line 8).
+            # Corrector: repeat the step with the mean of both slopes (line 8).
             step_size = sigma - self.sigmas[index - 1].item()
             prev_sample = self._heun_sample + step_size * 0.5 * (self._heun_derivative + derivative)
             self._heun_sample = self._heun_derivative = None
-            # Churn of the step to come (Algorithm 2, lines 4-6), before the network is called at sigma_next.
+            # Churn of the next step (Algorithm 2, lines 4-6), before the network is called at sigma_next.
             if sigma_next > sigma:
                 if noise_sampler is None:
                     noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
@@ -430,7 +432,7 @@ def _check_number(name: str, value: float, low: float, high: float, remedy: str)
     number = real_number(value)
     if number is None:
         raise ValueError(f"`{name}` must be a number, but is {value!r}; {remedy}.")
-    if not low <= number <= high:  # false for NaN too
+    if not low <= number <= high:  # also rejects NaN
         raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}], but is {value!r}; {remedy}.")
     return number
 
