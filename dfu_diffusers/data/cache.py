@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Resized images in files to memory-map."""
+"""Resized images in memory-mapped files."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from .images import CHANNELS, UnusableImage, _fit, read_image
 
 
 class ImageCache:
-    """Resized images of one source on disk, as `build_cache` leaves them; see there."""
+    """Resized images of one source on disk, written by `build_cache`."""
 
     def __init__(self, folder: Path, source: str, mode: str):
         self.folder, self.source, self.mode, self._arrays = folder, source, mode, {}
@@ -42,7 +42,7 @@ class ImageCache:
             raise ValueError(f"{path} is damaged ({reason}): remove {self.folder}, to have it built again.") from error
 
     def check(self, dataset: ImageDataset) -> None:
-        """Raise ValueError unless it holds this data set's images."""
+        """Raise ValueError if the cache was built from other images."""
         if (self.source, self.mode) != (dataset.fingerprint, dataset.mode):
             raise ValueError(
                 f"The cache in {self.folder} holds source {self.source} in mode {self.mode}, but the data set is "
@@ -59,13 +59,13 @@ def build_cache(
 ) -> ImageCache:
     """Crop and resize all images of a data set's table once: `ImageDataset(table, ..., cache=build_cache(...))`.
 
-    The folder below `cache_dir` is named after the source's fingerprint, the mode and the filter. It has sizes.npy,
-    the (height, width) of each row's image, (0, 0) for those that cannot be used, and for each resolution an array to
-    memory-map, HEIGHTxWIDTH.npy (rows, height, width, channels) uint8. A file takes its name once it is complete, and
-    is not built again. Where several processes ask, one builds and the others wait.
+    The folder below `cache_dir` is named after the source's fingerprint, the mode and the filter. It holds sizes.npy,
+    the (height, width) of each row's image, (0, 0) for images that cannot be used; and for each resolution an array to
+    memory-map, HEIGHTxWIDTH.npy (rows, height, width, channels) uint8. A file gets its name when it is complete, and
+    is not built again. If several processes call this, one builds and the others wait.
 
     Args:
-        dataset: its table is cached in full, whatever images it leaves out as too small or held out.
+        dataset: its whole table is cached, with the images that the data set leaves out as too small or held out.
         resolutions: (height, width) pairs.
         num_workers: threads that decode and resize.
 
@@ -89,7 +89,7 @@ def _fill_cache(dataset: ImageDataset, resolutions: list, folder: Path, num_work
     partial = [folder / (_array_path(folder, size).name + ".partial") for size in resolutions]
     try:
         sizes = _write_arrays(dataset, resolutions, shapes, partial, num_workers)
-        _save_sizes(sizes, folder)  # before the arrays: where these are complete, it is known which rows are broken
+        _save_sizes(sizes, folder)  # before the arrays: complete arrays need the list of broken rows
         for size, path in zip(resolutions, partial):
             os.replace(path, _array_path(folder, size))
     except OSError as error:
@@ -104,7 +104,7 @@ def _fill_cache(dataset: ImageDataset, resolutions: list, folder: Path, num_work
 def _write_arrays(dataset: ImageDataset, resolutions: list, shapes: list, paths: list[Path], num_workers: int):
     """Write one .npy file per resolution, row by row, and return the sizes, with (0, 0) for rows found broken.
 
-    Plain writes, for on a full disk a memory-mapped file ends the process instead of raising an error.
+    Plain writes are used because on a full disk a memory-mapped file kills the process instead of raising an error.
     """
 
     def resize(row: int, record: dict) -> list[bytes] | None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Random access to the images of a table, cropped and resized as each draw asks."""
+"""Random access to the images of a table, cropped and resized for each draw."""
 
 import copy
 import itertools
@@ -29,15 +29,15 @@ from .images import (
 )
 
 logger = logging.getLogger(__name__)
-BLOCK = 64  # images that are at once in memory while all of a table are gone through
+BLOCK = 64  # images in memory at once while a whole table is read
 
 
 class ImageDataset(Dataset):
-    """Images of a `datasets` table, cropped and resized when asked for.
+    """Images of a `datasets` table, cropped and resized on access.
 
-    When it is made, the header of every image is read: those without a readable one are named and left out. An image
-    whose body then turns out to be broken is named when it is met, once in each worker, and the next usable one takes
-    its place.
+    The constructor reads the header of every image. Images without a readable header are named in a warning and left
+    out. If the body of an image turns out to be broken on access, a warning names it (once in each worker), and the
+    next usable image replaces it.
 
     Args:
         table: a map-style `datasets.Dataset`.
@@ -47,15 +47,15 @@ class ImageDataset(Dataset):
         random_crop: crop at a random position instead of the centre.
         random_flip: mirror half of the images left to right.
         seed: of crops and flips.
-        small_images: what to do with images that would have to be enlarged to fill `min_size`: fail, skip (leave them
-            out) or upscale (take them).
-        min_size: the (height, width) that images are checked against; None for any size.
+        small_images: what to do with images that would have to be enlarged to fill `min_size`: "fail", "skip" (leave
+            them out) or "upscale" (use them).
+        min_size: the smallest allowed (height, width); None for any size.
         indices: rows of the table to use; None for all.
-        cache: of `build_cache`, for this table and mode. Other sizes than it holds are made from the images.
+        cache: result of `build_cache` for this table and mode. Sizes that it lacks are made from the images.
 
-    An index is (index, (height, width)) or (index, (height, width), number), where `number` is that of the image in
-    the whole run, by default `index`. An item is {"image": (channels, height, width) float32 in [-1, 1]}, and with a
-    label_column also "label": int.
+    An index is (index, (height, width)) or (index, (height, width), number), where `number` is the number of the image
+    in the whole run, by default `index`. An item is {"image": (channels, height, width) float32 in [-1, 1]}, and with
+    a label_column also "label": int.
 
     Raises:
         ValueError: an argument out of its range, no such column, small images, or no usable image.
@@ -104,9 +104,10 @@ class ImageDataset(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the source: files by relative paths and sizes, the same wherever they lie; others as `datasets` does.
+        """A digest that identifies the source: of relative paths and sizes for files, so that it does not change when
+        the folder moves; otherwise that of `datasets`.
 
-        A file that changes, but not in size, is not noticed.
+        A changed file of the same size is not noticed.
         """
         paths = []
         for start in range(0, len(self.records), BLOCK):
@@ -119,7 +120,8 @@ class ImageDataset(Dataset):
         return _digest([Path(os.path.relpath(path, root)).as_posix() for path in paths], sizes)
 
     def split(self, count: int, seed: int = 0) -> tuple["ImageDataset", "ImageDataset"]:
-        """(The others, `count` images chosen at random), the latter never mirrored and cropped around the centre."""
+        """Two data sets: all but `count` images, and `count` random ones, which are cropped around the centre and
+        never mirrored."""
         if not 0 < count < len(self):
             raise ValueError(f"{count} of {len(self)} images cannot be held out: choose 1 to {len(self) - 1}.")
         order = np.random.default_rng((seed, 3)).permutation(self.rows)
@@ -159,7 +161,7 @@ class ImageDataset(Dataset):
         return rows, np.stack([self.framing.apply(image, size, n) for image, n in zip(images, numbers)])
 
     def _read(self, index: int) -> tuple[int, Image.Image]:
-        """Row and picture of an image, or of the next usable one."""
+        """Row and picture of an image, or of the next usable image."""
         for row in itertools.chain(self.rows[index:], self.rows[:index]):
             if row not in self._broken:
                 try:
@@ -183,7 +185,7 @@ class ImageDataset(Dataset):
 
     def _choose_rows(self, small_images: str, min_size: tuple[int, int] | None) -> np.ndarray:
         readable = self.sizes.all(axis=1)
-        # An image is cropped along one side only, so it is large enough if both of its sides are.
+        # An image is cropped along one side only, so it is large enough if both sides are.
         small = readable & (self.sizes < (min_size or (0, 0))).any(axis=1) & (small_images != "upscale")
         if small.any() and small_images == "fail":
             names = [
@@ -214,7 +216,7 @@ def _for_each(dataset: ImageDataset, function: Callable, threads: int, title: st
             return error.with_traceback(None)
 
     records, total = dataset.records, len(dataset.records)
-    bar = tqdm(total=total, desc=title, unit=" images", delay=1, leave=False)  # quick ones need no bar
+    bar = tqdm(total=total, desc=title, unit=" images", delay=1, leave=False)  # shown after one second
     with ThreadPoolExecutor(max(1, threads)) as pool, bar:
         for start in range(0, total, BLOCK):
             block = records[start : start + BLOCK][dataset.image_column]

@@ -20,8 +20,8 @@ from .images import _listed, _reason
 
 logger = logging.getLogger(__name__)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-MAX_RATIO = 100  # of what a zip unpacks to and its size; pictures can hardly be compressed
-MIN_BYTES = 2**26  # that a zip may unpack to whatever its size
+MAX_RATIO = 100  # between unpacked and packed size of a zip; pictures hardly compress
+MIN_BYTES = 2**26  # that every zip may unpack to, however small it is
 UNPACKING_ERRORS = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
@@ -33,16 +33,16 @@ def load_table(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
 ):
-    """A `datasets` table whose images are left encoded, as records {"path": str | None, "bytes": bytes | None}.
+    """A `datasets` table whose images stay encoded, as records {"path": str | None, "bytes": bytes | None}.
 
     Args:
         dataset_name: id of a data set on the Hub, or a folder in one of the formats that `datasets` knows.
         dataset_config, split: which part of it.
         streaming: read while training instead of downloading first; gives an `IterableDataset`.
-        data_dir: instead of a name, a folder of images, nested as one likes, or a zip of one. All of it is taken, also
-            by way of links, and each image is labelled by the folder that it lies in: column "label". A metadata.csv,
-            .jsonl or .parquet, as `datasets` knows them, replaces the labels. Warnings tell what is left out.
-        cache_dir: where `datasets` keeps its tables, and we unpacked zips; None for its usual place.
+        data_dir: instead of a name, a folder of images, with or without subfolders, or a zip of one. All images are
+            used, also through links. The column "label" of an image is the name of its folder. A metadata.csv, .jsonl
+            or .parquet in the format of `datasets` replaces the labels. Warnings list what is left out.
+        cache_dir: where `datasets` keeps its tables, and zips are unpacked; None for the default of `datasets`.
 
     Raises:
         ValueError: there is no such source, or no image in it, or a zip that is damaged or unpacks to too much.
@@ -63,7 +63,7 @@ def load_table(
         )
         if streaming:
             table = table._resolve_features()
-    except Exception as error:  # besides its own, `datasets` lets through those of huggingface_hub, httpx and pyarrow
+    except Exception as error:  # `datasets` raises its own errors, and those of huggingface_hub, httpx and pyarrow
         raise ValueError(
             f"{dataset_name} cannot be loaded ({_reason(error.__cause__ or error)}): check its id, configuration and "
             "split, and the connection to the Hub."
@@ -77,8 +77,8 @@ def load_table(
 def _table_of(source: str | os.PathLike, cache_dir):
     """The table of a folder's or a zip's images.
 
-    Not `datasets`' own reader of image folders, which leaves out links to folders, AVIF files and what the metadata do
-    not mention without a word, and takes "::", "$HOME" and "*" in a path for more than letters.
+    `datasets`' own reader of image folders is not used: it silently leaves out links to folders, AVIF files and images
+    that the metadata do not mention, and gives "::", "$HOME" and "*" in a path a special meaning.
     """
     if not str(source):
         raise ValueError("data_dir is empty: name a folder or zip of images.")
@@ -97,7 +97,7 @@ def _table_of(source: str | os.PathLike, cache_dir):
 
 
 def _find(folder: Path, source) -> tuple[list[str], list[str]]:
-    """Paths of the images, and of the files of metadata, in a folder and those below it; others are warned of."""
+    """Paths of the images and of the metadata files in a folder and its subfolders. A warning lists other files."""
     formats = Image.registered_extensions()
     images, metadata, left_out = [], [], []
     for path in _files(str(folder), left_out):
@@ -117,7 +117,7 @@ def _find(folder: Path, source) -> tuple[list[str], list[str]]:
 
 
 def _files(folder: str, left_out: list[str], above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths of all files in a folder and those below it, links included, but not what is hidden."""
+    """Paths of all files in a folder and its subfolders, links included, without hidden ones."""
     above += (os.path.realpath(folder),)
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -186,7 +186,7 @@ def _read_metadata(path: str):
 
 
 def _beside(metadata: str, name: str | None) -> str | None:
-    """The path of a file that metadata name, which must lie beside them or below."""
+    """The path of a file that metadata name, which must be in their folder or below it."""
     if name is None:
         return None
     folder = os.path.dirname(metadata)
@@ -209,7 +209,7 @@ def _text(path) -> str | None:
 
 
 def _image_folder(path: Path, cache_dir) -> Path:
-    """The folder itself, or the folder that a zip is unpacked to."""
+    """The folder itself, or the folder to which a zip is unpacked."""
     if path.is_file() and zipfile.is_zipfile(path):
         return _unzip(path, Path(cache_dir or _require_datasets().config.HF_DATASETS_CACHE) / "unzipped")
     if not path.is_dir():
@@ -218,7 +218,7 @@ def _image_folder(path: Path, cache_dir) -> Path:
 
 
 def _unzip(path: Path, folder: Path) -> Path:
-    """Unpack into a folder of the zip's name, once for each of its versions."""
+    """Unpack into a folder with the zip's name, once for each version of the zip."""
     stat = path.stat()
     target = folder / _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns) / path.stem
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def _unzip(path: Path, folder: Path) -> Path:
 
 
 def _check_unpacked_size(archive: zipfile.ZipFile, packed: int, free: int) -> None:
-    """Raise a ValueError if a zip would fill the disk; `zipfile` unpacks no more than a zip says."""
+    """Raise a ValueError if a zip would fill the disk. `zipfile` never unpacks more than the zip declares."""
     total = sum(each.file_size for each in archive.infolist())
     if total > max(MIN_BYTES, MAX_RATIO * packed):
         raise ValueError(
@@ -256,7 +256,7 @@ def _digest(*values) -> str:
 
 
 def _undecoded(table, column: str):
-    """The table with records in place of decoded images. A column of file names or of encoded bytes will do, too."""
+    """The table with records instead of decoded images; the column may also hold file names or encoded bytes."""
     _check_column(table, column)
     return table.cast_column(column, _require_datasets().Image(decode=False))
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""One training image: read, turned upright, cropped and resized."""
+"""Reading, rotating, cropping and resizing of one training image."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -31,9 +31,9 @@ def read_image(record: dict | None, mode: str) -> Image.Image:
     """The picture of a record {"path": ..., "bytes": ...} in Pillow mode "L" or "RGB", upright and opaque.
 
     Raises:
-        UnusableImage: it is missing, empty, damaged, not of one of `dfu_diffusers.decode.FORMATS`, larger than
-            Pillow's limit against decompression bombs (twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 megapixels), or has
-            numbers without a stated range.
+        UnusableImage: it is missing, empty, damaged, not in one of `dfu_diffusers.decode.FORMATS`, larger than
+            Pillow's limit against decompression bombs (twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 megapixels), or its
+            range of values is unknown.
     """
     return _with_image(record, lambda image: convert_picture(image, mode))
 
@@ -49,14 +49,14 @@ def _with_image(record: dict | None, function: Callable):
     try:
         with _open(record) as file, open_picture(file) as image:
             return function(image)
-    except Exception as error:  # Pillow's readers fail on damaged files in every way that Python has
+    except Exception as error:  # Pillow's readers raise exceptions of all kinds on damaged files
         raise UnusableImage(name, _reason(error)) from error
 
 
 def _fetch(record: dict | None) -> dict | None:
-    """The record with its bytes, if its file lies elsewhere: at the Hub, or in an archive there.
+    """The record with its bytes, which are downloaded if its file is on the Hub or in an archive there.
 
-    The errors of the network are raised as they are: an outage must not make images unusable.
+    Network errors are raised unchanged: an outage must not mark images as unusable.
     """
     if not record or record["bytes"] is not None or "://" not in (record["path"] or ""):
         return record
@@ -71,7 +71,7 @@ def _open(record: dict | None):
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its text has the address of a buffer
+    if isinstance(error, UnidentifiedImageError):  # its text contains the address of a buffer
         return f"empty, or no image of type {', '.join(FORMATS)}"
     if isinstance(error, FileNotFoundError) and error.strerror:
         return "no such file"
@@ -79,22 +79,22 @@ def _reason(error: BaseException) -> str:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    if image.format == "TIFF":  # Pillow has turned the size already
+    if image.format == "TIFF":  # Pillow has rotated the size already
         return image.size[::-1]
-    # The method of the base class: that of PNG files would decode the picture to look for EXIF data behind it.
+    # The method of the base class: that of PNG files decodes the whole picture to look for EXIF data after it.
     turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
     return image.size if turned else image.size[::-1]
 
 
 class _Framing(NamedTuple):
-    """Which part of an image is seen and which way round: a function of (seed, number)."""
+    """Crop and mirroring of an image: a function of (seed, number)."""
 
     random_crop: bool
     random_flip: bool
     seed: int
 
     def draw(self, number: int) -> tuple[tuple[float, float], bool]:
-        """Where in the free space the crop lies, (x, y) from 0 to 1, and whether to mirror."""
+        """Position of the crop in the free space, (x, y) from 0 to 1, and whether to mirror."""
         if not (self.random_crop or self.random_flip):
             return (0.5, 0.5), False
         x, y, mirror = np.random.default_rng((self.seed, 2, number)).random(3)

@@ -1,8 +1,8 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """The schedule of mixed-resolution training: which images make up step n, at which resolution, in which micro-batches.
 
-All of it is a pure function of (seed, n): processes agree without talking to each other, a resumed run repeats and
-skips nothing, and the schedule does not depend on how many processes share the work.
+All of it is a pure function of (seed, n). So processes agree without communication, a resumed run repeats and skips
+nothing, and the schedule does not depend on the number of processes.
 """
 
 import math
@@ -31,15 +31,16 @@ def parse_resolution(text: str) -> Size:
 
 
 def format_resolution(size: Size) -> str:
-    """The opposite of `parse_resolution`, always with both sides: "64x64"."""
+    """The inverse of `parse_resolution`, always with both sides: "64x64"."""
     return "x".join(map(str, size))
 
 
 def source_size(size: Size, resolutions: Sequence[Size], source: Size | None = None) -> Size:
-    """(height, width) to load images at that are trained on at `size`.
+    """(height, width) at which images are loaded for training at `size`.
 
-    One of the resolutions is loaded as it is. Any other has the same shape with as many pixels as the largest of them,
-    to be enlarged. With `source` a resolution is loaded with as many pixels as that, too, to be cut to fewer modes.
+    If `size` is one of the resolutions, images are loaded at this size. Otherwise they are loaded at the same aspect
+    ratio with as many pixels as the largest resolution has, and enlarged later. With `source` images of a resolution
+    are loaded with as many pixels as `source` has, and later cut to the modes of the resolution.
 
     >>> source_size((48, 48), [(48, 48), (96, 96)]), source_size((160, 80), [(48, 48), (96, 96)])
     ((48, 48), (136, 68))
@@ -55,34 +56,35 @@ def source_size(size: Size, resolutions: Sequence[Size], source: Size | None = N
 
 
 class Draw(NamedTuple):
-    """One image of a batch, as data sets take it for an index."""
+    """One image of a batch, the index type of the data sets."""
 
     index: int  # of the image in the data set
-    size: Size  # to load it at
-    number: int  # of the image in the whole run: all that is random about it is a function of (seed, number)
+    size: Size  # at which it is loaded
+    number: int  # of the image in the whole run: all its randomness is a function of (seed, number)
 
 
 class MixedResolutionBatchSampler(Sampler):
     """Batches at mixed resolutions: step n takes the next `batch_size` images, all at one random resolution.
 
-    Every epoch visits each image once, in an order drawn from (seed, epoch); batches run across the end of an epoch,
-    so that no image is dropped. Iterating yields this process's micro-batches, lists of `Draw`, one after another.
+    Every epoch visits each image once, in an order drawn from (seed, epoch). A batch may span two epochs, so that no
+    image is dropped. Iterating yields this process's micro-batches, lists of `Draw`, one after another.
 
     Args:
         length: number of images, or None for a stream, whose image number n is its n-th.
         batch_size: images per step over all processes together.
         resolutions: (height, width) pairs.
-        weights: probability of each resolution up to a common factor; None for equal ones.
+        weights: relative probability of each resolution; None for equal ones.
         upsample_resolutions: larger sizes, trained on images loaded at the same aspect ratio with about as many pixels
             as the largest of `resolutions` and enlarged by the trainer (section 4 of arXiv 2401.06144).
-        upsample_weight: probability, in [0, 1), that a step draws one of those (equally).
-        warmup_steps: over these first steps the sizes join one after another, from the smallest up; upsampled ones
-            join at their end.
-        max_pixels: bound on images x height x width of a micro-batch; None for no bound.
+        upsample_weight: probability, in [0, 1), that a step uses one of these, each equally often.
+        warmup_steps: over these first steps the sizes are added one after another, smallest first; upsampled ones are
+            added at the end.
+        max_pixels: limit for images x height x width of a micro-batch; None for no limit.
         num_steps, first_step: steps first_step .. num_steps - 1 are yielded.
         seed: of orders and resolutions.
         rank, num_processes: this process takes its equal share of each batch.
-        source_resolution: images are loaded with as many pixels, to be cut to the modes of the resolution.
+        source_resolution: images are loaded with as many pixels as this size has, to be cut to the modes of the
+            resolution.
 
     Raises:
         ValueError: an argument out of its range, or a batch that cannot be shared equally.
@@ -147,12 +149,12 @@ class MixedResolutionBatchSampler(Sampler):
             yield from self.micro_batches(step)
 
     def resolution(self, step: int) -> Size:
-        """(height, width) that a step trains at, the same for all processes."""
+        """Training size (height, width) of a step, the same for all processes."""
         draw = np.random.default_rng((self.seed, 1, step)).choice(len(self.sizes), p=self._shares(step))
         return self.sizes[draw]
 
     def expected_steps(self) -> dict[Size, float]:
-        """How many of the steps each resolution takes on average, of those that may be drawn."""
+        """Mean number of steps at each resolution that can be drawn."""
         joins = self.warmup_steps * np.arange(len(self._by_size) + 1) / max(1, len(self._by_size))
         edges = np.clip([*np.ceil(joins), math.inf], self.first_step, self.num_steps).astype(int)
         shares = sum(count * self._shares(step) for step, count in zip(edges, np.diff(edges)))
@@ -171,19 +173,20 @@ class MixedResolutionBatchSampler(Sampler):
 
     @property
     def _by_size(self) -> list[int]:
-        """Numbers of the resolutions that may be drawn, from the smallest up."""
+        """Indices of the resolutions that can be drawn, smallest first."""
         drawn = [i for i in range(len(self.resolutions)) if self.probabilities[i] > 0]
         return sorted(drawn, key=lambda i: math.prod(self.sizes[i]))
 
     def micro_batch_sizes(self, size: Size) -> list[int]:
-        """Numbers of images of this process's micro-batches: as few as `max_pixels` allows, as equal as can be."""
+        """Number of images in each micro-batch of this process: as few batches as `max_pixels` allows, of nearly equal
+        size."""
         share = self.batch_size // self.num_processes
         per_batch = share if self.max_pixels is None else self.max_pixels // math.prod(size)
         count = -(-share // per_batch)
         return [share // count + (i < share % count) for i in range(count)]
 
     def micro_batches(self, step: int) -> list[list[Draw]]:
-        """This process's share of a step: lists of images that go through the network together."""
+        """This process's micro-batches of a step: lists of images that go through the network together."""
         number = step * self.batch_size + self.rank * (self.batch_size // self.num_processes)
         resolution, batches = self.resolution(step), []
         size = source_size(resolution, self.resolutions, self.source_resolution)

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Images of a table that is too large to download, read as they come."""
+"""Images of a table that is too large to download, read while they arrive."""
 
 import itertools
 import logging
@@ -27,33 +27,33 @@ from .images import (
 )
 
 logger = logging.getLogger(__name__)
-NEARBY = 8  # records kept to take the place of one that turns out broken
+NEARBY = 8  # records kept as replacements for a broken one
 
 
 class ImageStream(IterableDataset):
     """Batches of images of a streamed table: `DataLoader(stream, batch_size=None, num_workers=...)`.
 
-    The usable records are numbered through the whole run, epoch after epoch, each epoch shuffled anew; image `number`
-    of a draw is the record of that number. So other process and worker counts give the same images, and so does a
-    resumed run, whose sampler starts at a later number: records before it are read, but not decoded.
+    The usable records are numbered through the whole run, over all epochs, each of which is shuffled anew; image
+    `number` of a draw is the record of that number. So every number of processes and workers gives the same images. So
+    does a resumed run, whose sampler starts at a later number: earlier records are read, but not decoded.
 
-    Whether a record is usable is decided from its header. If its body then turns out to be broken, it is named, and
-    the nearest of the eight records before it takes its place, or else one of the epoch's first eight.
+    The header of a record decides whether it is usable. If its body turns out to be broken, a warning names it, and it
+    is replaced by the nearest usable one of the eight records before it, or else by one of the epoch's first eight.
 
     Args:
         table: a `datasets.IterableDataset`.
         sampler: iterating it yields this process's micro-batches, lists of (index, (height, width), number) of one
-            size, numbers ascending. The index is not used.
-        shuffle_buffer: records that each is drawn from; 1 keeps the table's order.
+            size, in ascending order of numbers. The index is not used.
+        shuffle_buffer: number of records among which the next one is drawn; 1 keeps the table's order.
 
-    The other arguments are those of `ImageDataset`; labels are ClassLabels or whole numbers, and of the latter
-    `class_names` and `num_classes` are None, for the classes are not known.
+    The other arguments are those of `ImageDataset`. Labels are ClassLabels or whole numbers. For the latter
+    `class_names` and `num_classes` are None, because the classes are not known.
 
     Yields {"image": (batch, channels, height, width) float32 in [-1, 1]}, and with a label_column also "label":
     (batch,) int64.
 
     Raises:
-        ValueError: as `ImageDataset`, but about images only when they are met.
+        ValueError: as `ImageDataset`, but errors about images are raised when these are read.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ImageStream(IterableDataset):
         worker = get_worker_info()
         start, step = (worker.id, worker.num_workers) if worker else (0, 1)
         if worker:
-            fsspec.asyn.reset_lock()  # the lock of the process that was forked would never open
+            fsspec.asyn.reset_lock()  # a lock copied by fork would never be released
         batches, ahead = itertools.tee(itertools.islice(self.sampler, start, None, step))
         candidates = self._candidates(number for batch in ahead for _, _, number in batch)
         for batch in batches:
@@ -139,14 +139,14 @@ class ImageStream(IterableDataset):
                     "The stream holds no image that can be used: the warnings above say why, if it has any."
                 )
             length = number + 1 - first
-            passed = (wanted - first) // length  # whole epochs: all are of one length
+            passed = (wanted - first) // length  # whole epochs; all have the same length
             epoch, first = epoch + passed, first + passed * length
 
     def _usable_records(self, epoch: int) -> Iterator[dict]:
         """Rows {column: value} of an epoch."""
         table = self.table
         if self.shuffle_buffer > 1:
-            # `set_epoch` would not do: all workers share its number.
+            # Not `set_epoch`, whose number all workers share.
             generator = np.random.default_rng((self.framing.seed, 4, epoch))
             table = table.shuffle(generator=generator, buffer_size=self.shuffle_buffer)
         for columns in table.iter(batch_size=16):  # unlike iter(table), this is the whole table in every worker
@@ -178,7 +178,7 @@ class ImageStream(IterableDataset):
 
 
 def ignore_signals(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: Ctrl-C and a launcher's SIGTERM reach all processes of a group, and are for
-    the main one to handle, which needs its workers while it saves."""
+    """`worker_init_fn` of a DataLoader. Ctrl-C and a launcher's SIGTERM reach all processes of a group. Only the main
+    process handles them, and it needs its workers while it saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
