@@ -1,16 +1,16 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""How good generated images are: distances between sets of features, and measures that need no network.
+"""Measures of generated images: distances between sets of features, and measures that need no network.
 
 Images are (n, channels, height, width), floating point in [-1, 1]: functions on the unit square, averaged over cells.
 Features are (n, d), one row per image or patch, from a network that the caller chose: nothing is loaded here.
 
-Two distances tell what a model does at sizes that it never saw, each the Frechet distance of features of
+Two distances measure a model at sizes that it was not trained at. Both are Frechet distances of features:
 
-- coherence: whole images after `box_downsample` to a size of the training, against real images of that size;
-- fidelity: `random_patches` at the native scale, cut at the same places from real and generated images.
+- coherence: of whole images after `box_downsample` to a training size, against real images of that size;
+- patch distance: of `random_patches`, crops that are not resized, from the same places of real and generated images.
 
-Beside them `kernel_distance` for small sets, `precision_recall` for what the two kinds of failure are, and, without
-any network, `radial_spectrum`, `sliced_wasserstein`, `repetition_score`, `agreement` and `wrap_seam`.
+`kernel_distance` suits small sets, and `precision_recall` separates the two kinds of failure. `radial_spectrum`,
+`sliced_wasserstein`, `repetition_score`, `agreement` and `wrap_seam` need no network.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ _CHUNK = 2**22  # numbers in a temporary array: 32 MiB in float64
 
 
 class FeatureStatistics:
-    """Number, mean and covariance of feature vectors, in float64, from any batches.
+    """Number, mean and covariance of feature vectors, in float64, added batch by batch.
 
-    Keeps the mean and the sum of outer products around it; adding a batch is exact (Chan, Golub and LeVeque 1979,
-    "Updating formulae and a pairwise algorithm for computing sample variances", equation 2.1), so no digits cancel
-    as they do in sums of squares. Takes d^2 numbers: 32 MiB for the 2048 features of InceptionV3.
+    Keeps the mean and the sum of outer products around it. Adding a batch is exact (Chan, Golub and LeVeque 1979,
+    "Updating formulae and a pairwise algorithm for computing sample variances", equation 2.1): unlike sums of squares,
+    it loses no digits. Needs d^2 numbers: 32 MiB for the 2048 features of InceptionV3.
 
     >>> whole, parts = FeatureStatistics(), FeatureStatistics()
     >>> features = torch.randn(100, 3)
@@ -49,7 +49,7 @@ class FeatureStatistics:
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)  # sum of (x - mean) (x - mean)^T
 
     def update(self, features: torch.Tensor) -> None:
-        """Take in features (n, d) on any device.
+        """Add features (n, d) on any device.
 
         Raises:
             ValueError: no features, not a matrix, another d than before, infinite ones or NaN.
@@ -81,14 +81,14 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Squared Frechet distance of the Gaussians with these means and covariances, "FID" (arXiv 1706.08500, eq. 6).
 
     |m_a - m_b|^2 + Tr(A + B - 2 (A B)^(1/2)). With factors A = F F^T and B = G G^T the eigenvalues of A B are the
-    squared singular values of F^T G, so that the last trace is their sum. Unlike the root of the product A B, this
-    needs no offset on the diagonal for singular covariances. Eigenvalues of A and B below d * 2.2e-16 of the largest
-    count as zero: they are rounding noise, of which the square root would be far larger than rounding.
+    squared singular values of F^T G, so the trace of the root is the sum of the singular values. Unlike the root of
+    the product A B, this needs no offset on the diagonal for singular covariances. Eigenvalues of A and B below
+    d * 2.2e-16 of the largest are set to zero: they are rounding noise, whose square root would be much larger.
 
-    It falls as sets grow, with a bias that depends on the model: compare values of equal counts only.
+    The distance falls as sets grow, with a bias that depends on the model: compare only values of equal counts.
 
     Raises:
-        ValueError: features of different d, or no more of them than d, which leaves the covariance without full rank.
+        ValueError: features of different d, or at most d of them, so that the covariance has no full rank.
 
     >>> a, b = FeatureStatistics(), FeatureStatistics()
     >>> a.update(torch.tensor([[-1.0], [1.0], [0.0]]))
@@ -110,7 +110,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """F (d, d) with F F^T = covariance, which may be singular: eigenvalues of the size of rounding become zero."""
+    """F (d, d) with F F^T = covariance, which may be singular: eigenvalues as small as rounding errors become zero."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values.max()
     return vectors * values.where(values > noise, 0).sqrt()
@@ -122,12 +122,11 @@ def kernel_distance(
     """Kernel distance "KID" and its 95% interval (Binkowski et al., arXiv 1801.01401, section 4).
 
     The squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, as the unbiased mean over all pairs of
-    different images: unlike the usual mean over random subsets, which estimates the same, it has no noise of its own.
-    It may be negative.
+    different images. The usual mean over random subsets estimates the same value, but adds noise. It may be negative.
 
-    The interval holds the middle 95% of `resamples` Bayesian bootstraps (Rubin 1981): images weighted at random, with
-    pairs of an image and itself left out, which would bias the distance upwards. It errs on the wide side where the
-    distributions agree.
+    The interval contains the middle 95% of `resamples` Bayesian bootstraps (Rubin 1981): images get random weights,
+    and pairs of an image with itself, which would bias the distance upwards, are left out. If the distributions agree,
+    the interval is rather too wide.
 
     Args:
         real, fake: (n, d) and (m, d), at least two of each. Time grows as (n + m)^2 (d + resamples); memory does not.
@@ -135,7 +134,7 @@ def kernel_distance(
         seed: of the bootstrap.
 
     Returns:
-        distance, low, high; often printed times 1000.
+        distance, low, high; often reported times 1000.
 
     Raises:
         ValueError: an argument out of its range; too few features, not matrices, different d, infinite ones or NaN.
@@ -176,9 +175,9 @@ def _mean_kernel(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, equations 1 and 2).
 
-    A set covers the balls around its points that reach to their `neighbours`-th nearest neighbour in the set.
-    Precision is the share of `fake` that `real` covers, low where images look wrong; recall is the share of `real`
-    that `fake` covers, low where kinds of images are missing. Both depend on the counts: compare equal ones only.
+    A set covers a ball around each of its points, up to the point's `neighbours`-th nearest neighbour in the set.
+    Precision is the share of `fake` that `real` covers: low if images look wrong. Recall is the share of `real` that
+    `fake` covers: low if kinds of images are missing. Both depend on the counts: compare only equal counts.
 
     Args:
         real, fake: (n, d) and (m, d), more than `neighbours` of each.
@@ -192,7 +191,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbours: int = 3
     """
     _check_positive("neighbours", neighbours)
     real, fake = _two_features(real, fake, least=neighbours + 1)
-    centre = real.mean(0)  # distances are found from dot products, which lose fewer digits around zero
+    centre = real.mean(0)  # distances are computed from dot products, which lose fewer digits around zero
     real, fake = real - centre, fake - centre
     return _covered(fake, real, neighbours), _covered(real, fake, neighbours)
 
@@ -200,18 +199,18 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbours: int = 3
 def _covered(points: torch.Tensor, centres: torch.Tensor, neighbours: int) -> float:
     """Share of points within at least one ball around the centres."""
     chunk = max(1, _CHUNK // len(centres))
-    # A point is its own nearest neighbour, so count one more.
+    # A point is its own nearest neighbour, hence + 1.
     radii = [torch.cdist(rows, centres).kthvalue(neighbours + 1).values for rows in centres.split(chunk)]
     inside = [(torch.cdist(rows, centres) <= torch.cat(radii)).any(1) for rows in points.split(chunk)]
     return torch.cat(inside).double().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Views of images to take features of
+# Parts and sizes of images for features
 
 
 def box_downsample(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Mean over the cells of a coarser grid, exactly, also where the ratio of sizes is no whole number.
+    """Exact mean over the cells of a coarser grid, also if the ratio of sizes is not an integer.
 
     Shape: (n, c, H, W) -> (n, c, height, width), `size` being (height, width), at most (H, W).
 
@@ -233,10 +232,10 @@ def box_downsample(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def random_patches(
     images: torch.Tensor, size: int, per_image: int = 1, seed: int = 0, numbers: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Square crops at the native scale, for measures of texture.
+    """Square crops, not resized, for measures of texture.
 
-    Places follow from (seed, number of the image) and the size of the images alone: sets of real and of generated
-    images of one size are cut at the same places, whatever the batches and the processes.
+    Their places depend only on (seed, number of the image) and on the size of the images. So sets of real and of
+    generated images of one size are cut at the same places, for all batches and processes.
 
     Args:
         images: sides at least `size`.
@@ -271,9 +270,9 @@ def random_patches(
 def radial_spectrum(images: torch.Tensor) -> torch.Tensor:
     """Power at 1, 2, ... cycles per image: (bins,) in float64, bins = half the shorter side, rounded down.
 
-    Coefficients carry a factor 1/(HW), so that a band-limited function has one spectrum at every size. Bin k holds the
-    mean power of the modes (row frequency, column frequency) whose radius rounds to k, over images and channels. The
-    corners beyond the Nyquist frequency of the shorter side are left out, and so is the mean brightness, at zero.
+    Coefficients have a factor 1/(HW), so that a band-limited function has the same spectrum at every size. Bin k is
+    the mean power of the modes (row frequency, column frequency) whose radius rounds to k, over images and channels.
+    The corners beyond the Nyquist frequency of the shorter side and the mean brightness, at zero, are left out.
 
     Spectra of batches of one size average to that of the set, weighted by their numbers of images.
 
@@ -296,9 +295,9 @@ def radial_spectrum(images: torch.Tensor) -> torch.Tensor:
 
 
 def spectrum_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Root mean square difference of the log10 of two radial spectra, in decades of power: zero for the same field.
+    """Root mean square difference of the log10 of two radial spectra, in decades of power: zero if they are equal.
 
-    Powers below 1e-15 count as 1e-15: even the rounding of a megapixel picture to 8 bits has more.
+    Powers below 1e-15 are set to 1e-15; even the rounding of a megapixel picture to 8 bits has more.
 
     Raises:
         ValueError: spectra of different lengths.
@@ -317,18 +316,19 @@ def sliced_wasserstein(
 ) -> tuple[list[float], float]:
     """Sliced Wasserstein distance of patches at each scale (Karras et al., arXiv 1710.10196, section 5).
 
-    Each level of a Laplacian pyramid gives 7x7 patches, normalised by each set's own mean and deviation of every
-    channel: the distance tells structure, and is blind to brightness and contrast. Levels go on while the shorter
-    side is at least 16 px, the last being what remains of the image. Patches are cut at the same places from both.
+    Each level of a Laplacian pyramid gives 7x7 patches, normalised per channel by the mean and standard deviation of
+    their own set. So the distance compares structure, not brightness and contrast. There are levels as long as the
+    shorter side is at least 16 px; the last one is the remaining small image. Patches come from the same places of
+    both sets.
 
     Args:
-        real, fake: as many of the one as of the other, of one size, sides at least 7 px.
+        real, fake: equal numbers of images of one size, sides at least 7 px.
         seed: of places and directions.
         per_image: patches of each image and level.
-        directions: projections to average over.
+        directions: number of projections to average over.
 
     Returns:
-        Distances by level, finest first, and their mean. The paper prints them times 1000.
+        Distances by level, finest first, and their mean. The paper reports them times 1000.
 
     Raises:
         ValueError: sets of different shapes, a side too short, or bad images.
@@ -349,7 +349,7 @@ def sliced_wasserstein(
 
 
 def _sorted(projections: torch.Tensor) -> np.ndarray:
-    """Each row sorted; by NumPy, several times as fast at it as PyTorch on a CPU."""
+    """Each row sorted, by NumPy, which is several times as fast as PyTorch on a CPU."""
     return np.sort(projections.cpu().numpy(), axis=1)
 
 
@@ -360,7 +360,8 @@ def _descriptors(patches: torch.Tensor) -> torch.Tensor:
 
 
 def _laplacian_pyramid(images: torch.Tensor) -> list[torch.Tensor]:
-    """What each halving loses, finest first, then what is left: its shorter side is the last not below 16 px."""
+    """The detail that each halving removes, finest first, then the remaining image, whose shorter side is at least
+    16 px (if that of the images is)."""
     levels = []
     while min(images.shape[-2:]) >= 31:  # of which every other pixel makes 16
         coarse = _blur(images)[..., ::2, ::2]
@@ -385,19 +386,21 @@ def _blur(images: torch.Tensor) -> torch.Tensor:
 
 
 def repetition_score(images: torch.Tensor) -> torch.Tensor:
-    """How much of an image comes again elsewhere in it: (n,) float64 up to 1, which a tiled image reaches.
+    """How much an image repeats itself, by the highest peak of its autocorrelation away from zero shift: (n,) float64,
+    up to 1 for a tiled image.
 
-    1. Layout is compared, not texture: images are averaged to at most 32 px a side, and lose their mean over windows
-       of about a quarter of the side.
-    2. For each shift, the correlation coefficient of the image with itself where the shifted copy overlaps it, over
-       pixels and channels together. An overlap in which either has less than a tenth of the image's mean energy counts
-       as if it had that, so that empty parts do not match by accident.
-    3. The highest local maximum among shifts of more than 0.22 of the side along an axis, which leaves out the central
-       peak and its neighbours (and the two eyes of a portrait), with an overlap of at least a quarter of the area; 0
-       where none is positive.
+    1. To compare layout and not texture, images are averaged to at most 32 px a side, and the mean over windows of
+       about a quarter of the side is subtracted.
+    2. For each shift, the correlation coefficient of the image and its shifted copy is computed over their overlap,
+       with pixels and channels together. If one of them has less than a tenth of the image's mean energy there, a
+       tenth is used, so that empty parts do not match by accident.
+    3. The score is the highest local maximum among shifts of more than 0.22 of the side along an axis with an overlap
+       of at least a quarter of the area; 0 if none is positive. This leaves out the central peak and its neighbours
+       (and the two eyes of a portrait).
 
-    Tiled portraits score 0.84 to 1, less where windows at an edge and at a seam differ; single ones 0.09 to 0.38,
-    white noise about 0.1. An image that is constant along an axis is its own copy at every shift, and scores 1.
+    Tiled portraits score 0.84 to 1 (less than 1 because windows at an edge and at a seam differ), single portraits
+    0.09 to 0.38, white noise about 0.1. An image that is constant along an axis equals its copy at every shift, and
+    scores 1.
 
     Raises:
         ValueError: a side below 8 px, or bad images.
@@ -420,11 +423,11 @@ def _highest_peak(images: torch.Tensor) -> torch.Tensor:
 
 
 def _autocorrelation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlation coefficients (n, 2 H, 2 W) of x (n, c, H, W) and its shifted self over their overlap, whose share of
-    the area is the second result, (2 H, 2 W). Shifts as in `torch.fft.fftfreq`; the image is padded, not wrapped.
+    """Correlation coefficients (n, 2 H, 2 W) of x (n, c, H, W) and its shifted copies over their overlap, and the
+    share of the area that overlaps, (2 H, 2 W). Shifts as in `torch.fft.fftfreq`; the image is padded, not wrapped.
 
     The sums over the overlap are correlations with the image's support (Padfield 2012, "Masked object registration in
-    the Fourier domain"). A shift by -s has the same overlap with the parts exchanged, hence the flip.
+    the Fourier domain"). A shift by -s has the same overlap with the two parts exchanged, hence the flip.
     """
     size = [2 * n for n in x.shape[-2:]]
     area = x.shape[-2] * x.shape[-1]
@@ -456,10 +459,10 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def agreement(small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB, (n,), between each image of `small` and the one of `large` averaged down to its size.
+    """PSNR in dB, (n,), between each image of `small` and the same one of `large`, averaged down to its size.
 
-    High where one seed gives one picture at both sizes; infinite where they are equal. To judge a value, compare it
-    with that of different seeds, `agreement(small.roll(1, 0), large)`.
+    High if one seed gives one picture at both sizes; infinite if the two are equal. To judge a value, compare it with
+    that of different seeds, `agreement(small.roll(1, 0), large)`.
 
     Raises:
         ValueError: different numbers of images or channels, `large` smaller than `small`, or bad images.
@@ -474,12 +477,11 @@ def agreement(small: torch.Tensor, large: torch.Tensor) -> torch.Tensor:
 
 
 def wrap_seam(images: torch.Tensor) -> torch.Tensor:
-    """How much larger the jump from edge to opposite edge is than that between neighbouring pixels: (n,).
+    """The jump from an edge to the opposite edge, divided by the jump between neighbouring pixels: (n,).
 
     The mean absolute difference of first and last column and of first and last row, divided by that of neighbours
-    along both axes. About 1 for an image that could tile the plane, which Fourier layers tempt a model to make; real
-    ones have more, and the more the finer they are sampled: compare with real images of the same size.
-    A constant image has 1.
+    along both axes. About 1 for an image that could tile the plane, as periodic Fourier layers may produce. Real
+    images have more, and more at larger sizes: compare with real images of the same size. A constant image has 1.
 
     Raises:
         ValueError: a side below 2 px, or bad images.
@@ -554,5 +556,5 @@ def _size(images: torch.Tensor) -> str:
 
 
 def _batches(images: torch.Tensor, temporary: int = 0) -> Sequence[torch.Tensor]:
-    """Parts of `images` whose temporaries, as large as themselves or `temporary` numbers per image, fit the memory."""
+    """Parts of `images`, small enough for temporaries of their own size, or of `temporary` numbers per image."""
     return images.split(max(1, _CHUNK // max(images[0].numel(), temporary)))
