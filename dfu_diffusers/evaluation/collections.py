@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Images of a source with their features, kept in files: what was drawn is not drawn again."""
+"""Images of a source with their features, kept in files, so that no image is drawn twice."""
 
 import json
 import lzma
@@ -29,7 +29,7 @@ DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipF
 
 
 def coarse_size(size: Size, training_size: Size) -> Size | None:
-    """The size shrunk, in its own shape, to fit into the training size; None if it does as it is.
+    """The size shrunk to fit into the training size, at the same aspect ratio; None if it fits already.
 
     >>> coarse_size((96, 96), (64, 64)), coarse_size((48, 96), (64, 64)), coarse_size((64, 32), (64, 64))
     ((64, 64), (32, 64), None)
@@ -39,7 +39,7 @@ def coarse_size(size: Size, training_size: Size) -> Size | None:
 
 
 class Features:
-    """What an extractor tells of images: as a whole, of native-scale crops, and shrunk to the training size.
+    """Features of images: of whole images, of crops that are not resized, and of images averaged to the training size.
 
     Args:
         extractor: of `dfu_diffusers.evaluation.extractors`, or another callable with a `name`.
@@ -51,7 +51,7 @@ class Features:
         self.extractor, self.training_size, self.device = extractor, training_size, device
 
     def check_count(self, images: int, names: Sequence[str]) -> None:
-        """Raise an EvaluationError if so many images are too few for the Frechet distances among the metrics."""
+        """Raise an EvaluationError if there are too few images for the Frechet distances among the metrics."""
         dim = self.extractor.dim
         for name, per_image in (("fd", 1), ("coherence", 1), ("patch", PATCHES)):
             if name in names and images * per_image <= dim:
@@ -64,7 +64,7 @@ class Features:
         return coarse_size(size, self.training_size)
 
     def patch_size(self, size: Size) -> int:
-        """Half of the training size, where the image is as large as that."""
+        """Side of the crops: half of the training size, or the image's shorter side if that is less."""
         return max(MIN_SIDE, min(min(self.training_size) // 2, *size))
 
     def key(self, size: Size) -> dict:
@@ -74,7 +74,8 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray, places: Sequence[int]) -> dict[str, np.ndarray]:
-        """Arrays (n, ..., d); crops of images at equal `places` in their collections lie at equal positions."""
+        """Arrays (n, ..., d). Images with equal `places` (numbers in their collections) are cropped at equal
+        positions."""
         images, size = to_floats(pixels), pixels.shape[1:3]
         coarse, patch = self.coarse_size(size), self.patch_size(size)
         crops = metrics.random_patches(images, patch, PATCHES, numbers=places)
@@ -92,11 +93,11 @@ class Features:
 class Collection:
     """Images `indices` of a source at one size, with their features: a folder of .npz files, one for each batch.
 
-    key.json says what they are; a folder with another key is refused. `complete` draws what is not there yet.
+    key.json identifies the images; a folder with another key is refused. `complete` draws the missing ones.
 
     Args:
-        folder: theirs alone.
-        source: draws them.
+        folder: for this collection only.
+        source: draws the images.
         size: (height, width).
         indices: numbers of the images.
         features: None if no metric needs any.
@@ -109,7 +110,7 @@ class Collection:
         self.key |= features.key(size) if features else {"extractor": None}
 
     def check(self) -> None:
-        """Raise an EvaluationError if the folder holds something else."""
+        """Raise an EvaluationError if the folder holds other images."""
         path = self.folder / "key.json"
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -126,7 +127,7 @@ class Collection:
             )
 
     def complete(self, accelerator, batch_size: int, title: str) -> "Collection":
-        """Draw what is missing, in batches that the processes take in turn. All of them call it."""
+        """Draw the missing images, in batches that are divided among the processes. All processes must call it."""
         self.check()
         todo = self.missing()
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
@@ -189,7 +190,7 @@ class Collection:
 
     @property
     def seconds_per_image(self) -> float:
-        """In which they were drawn, by one process."""
+        """Mean seconds in which one process drew an image."""
         return sum(map(float, self.read("seconds"))) / len(self.indices)
 
     @property
@@ -203,7 +204,7 @@ class Collection:
         return torch.from_numpy(np.concatenate(list(self.read(kind)))[order])
 
     def statistics(self, kind: str) -> "metrics.FeatureStatistics":
-        """Mean and covariance of a kind, read batch by batch."""
+        """Mean and covariance of the features of a kind, computed batch by batch."""
         statistics = metrics.FeatureStatistics()
         for features in self.read(kind):
             statistics.update(torch.from_numpy(features).flatten(0, -2))

@@ -1,12 +1,12 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Feature extractors for evaluation: what the Frechet distance and its relatives compare images by.
+"""Feature extractors: networks whose features are compared by the Frechet distance and other metrics.
 
 An extractor is a callable
 
     extractor(images: (n, 3 or 1, h, w) floats in [-1, 1]) -> (n, d) float32 features, on the extractor's device
 
-with the attributes `name`, the key under which features may be cached, a digest of the weights included; `dim`, which
-is d; and `input`, which says in words how images are resized. `load_extractor` makes one from a name.
+with the attributes `name`, a key for cached features that includes a digest of the weights; `dim`, which is d; and
+`input`, a text that says how images are resized. `load_extractor` makes one from a name.
 
 "portrait" needs no download: a small network of ours that reads the parameters of procedural portraits at any size.
 """
@@ -36,7 +36,8 @@ _TURNS = torch.tensor([p.name in CIRCULAR for p in PARAMETERS])
 
 
 def encode_parameters(parameters: torch.Tensor) -> torch.Tensor:
-    """Portrait parameters -> numbers of mean 0 and variance 1: circular ones as cosine and sine, behind the others.
+    """Portrait parameters -> numbers of mean 0 and variance 1: first the plain ones, then cosines and sines of the
+    circular ones.
 
     Shape: (n, len(PARAMETERS)) -> (n, len(PARAMETERS) + len(CIRCULAR)).
     """
@@ -52,7 +53,7 @@ def encode_parameters(parameters: torch.Tensor) -> torch.Tensor:
 
 
 def decode_parameters(code: torch.Tensor) -> torch.Tensor:
-    """The inverse of `encode_parameters`; numbers beyond a parameter's range give its nearest value.
+    """The inverse of `encode_parameters`; values outside a parameter's range are clamped to it.
 
     >>> from dfu_diffusers.data.portraits import portrait_parameters
     >>> faces = portrait_parameters(range(9))
@@ -82,10 +83,10 @@ class _Residual(nn.Module):
 class PortraitReader(nn.Module):
     """Reads the parameters of procedural portraits, and how blurred and noisy they are, from images of any size.
 
-    Pictures are not resized. One and the same layer halves their map until its longer side is at most `GRID`, once at
-    64 px and three times at 256 px; so the layers behind it see a face in about the same number of cells at every
-    size, and sizes beyond those of training ask for nothing new. A last map of at most a quarter of these cells is
-    read as a function on the unit square: averaged around each of `NODES` x `NODES` points.
+    Pictures are not resized. One shared layer halves their map until its longer side is at most `GRID`, once at 64 px
+    and three times at 256 px. So at every size, also beyond those of training, the next layers see a face in about the
+    same number of cells. The last map, with at most a quarter of these cells, is treated as a function on the unit
+    square and averaged around each of `NODES` x `NODES` points.
 
     Args:
         channels: of the maps of at most 32, 16 and 8 cells a side; multiples of 8.
@@ -119,9 +120,9 @@ class PortraitReader(nn.Module):
         return features, self.read(features)
 
     def averages(self, images: torch.Tensor) -> torch.Tensor:
-        """What the head sees of a picture: (n, 3, h, w) -> (n, averages), float32 under autocast, too."""
+        """Input of the head: (n, 3, h, w) -> (n, averages), float32 under autocast, too."""
         x, places = self.stem(images), tuple(_centres(n, images.device) for n in images.shape[-2:])
-        while max(x.shape[-2:]) > self.GRID:  # the average keeps what there is, the layer adds what it would lose
+        while max(x.shape[-2:]) > self.GRID:  # the layer adds what the average loses
             x, places = _even(x), _join(places)
             x = F.avg_pool2d(x, 2) + self.halve(F.relu(x))
         x = F.relu(x + self.enter(torch.cat([F.relu(x), _frame(x, places)], 1)))
@@ -161,7 +162,7 @@ class PortraitReader(nn.Module):
 
 
 def _even(x: torch.Tensor) -> torch.Tensor:
-    """Repeats the last row or column of a map whose sides are not even, so that cells can be joined two by two."""
+    """Repeats the last row or column of a map with odd sides, so that cells can be joined in pairs."""
     if x.shape[-1] % 2 == x.shape[-2] % 2 == 0:
         return x
     return F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="replicate")
@@ -173,12 +174,12 @@ def _centres(n: int, device) -> torch.Tensor:
 
 
 def _join(places: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres of rows and columns joined two by two; a last one without a partner is its own, as in `_even`."""
+    """Centres of rows and columns joined in pairs; a last one without a partner stays alone, as in `_even`."""
     return tuple(torch.cat([p, p[-1:]])[: len(p) + len(p) % 2].view(-1, 2).mean(1) for p in places)
 
 
 def _frame(x: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Where each cell lies, y and x from -1 to 1, and how many octaves the map's sides are off 24: (n, 4, h, w)."""
+    """Position of each cell, y and x from -1 to 1, and log2 of the map's sides over 24: (n, 4, h, w)."""
     (h, w), (rows, columns) = x.shape[-2:], places
     frame = x.new_empty(4, h, w)
     frame[0], frame[1] = (2 * rows - 1)[:, None], 2 * columns - 1
@@ -187,22 +188,22 @@ def _frame(x: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> torch.
 
 
 def _hats(centres: torch.Tensor, nodes: int) -> torch.Tensor:
-    """Matrix (nodes, n) that averages a function known at n centres around evenly spaced nodes, by triangles."""
+    """Matrix (nodes, n) that averages a function, given at n centres, with triangular weights around each node."""
     distance = (_centres(nodes, centres.device)[:, None] - centres).abs()
     weights = (1 - distance * min(nodes, len(centres))).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 
 
 class Extractor:
-    """Checks images, hands them to a network and returns its features; subclasses say how in `_features`.
+    """Checks images and returns a network's features of them; subclasses implement `_features`.
 
     Args:
         kind: the first part of `name`.
-        network: whose weights' digest is the last part of `name`; put on `device`, in eval mode.
+        network: moved to `device`, in eval mode; the digest of its weights is the last part of `name`.
         dim, input: see the module's docstring.
     """
 
-    REVISION = 1  # a part of `name`: raised when the same weights come to give other features
+    REVISION = 1  # part of `name`: raised if the same weights give other features than before
     MIN_SIDE = 1
 
     def __init__(self, kind: str, network: nn.Module, dim: int, input: str, device="cpu"):
@@ -279,10 +280,10 @@ class InceptionExtractor(Extractor):
 
 
 class TransformersExtractor(Extractor):
-    """A vision transformer of transformers: images squashed to side x side, then normalised by mean and std.
+    """A vision transformer of the library transformers: images are squashed to side x side, then normalised.
 
     Args:
-        read: takes the features (n, dim) from the network's output.
+        read: function that takes the features (n, dim) from the network's output.
         side: pixels; mean, std: three numbers each, for images in [0, 1].
     """
 
@@ -299,8 +300,8 @@ class TransformersExtractor(Extractor):
 class EfficientNetExtractor(Extractor):
     """EfficientNet-Lite0 trained on ImageNet: the 1280 channels of its last map, averaged over all places.
 
-    It sees pictures of 224 px. Of larger ones it misses the finest detail: score crops at the native scale as well, as
-    `metrics.random_patches` cuts them. The network is not Inception, and distances are not "FID".
+    It resizes pictures to 224 px, and misses the finest detail of larger ones: measure crops that are not resized as
+    well (`metrics.random_patches`). The network is not Inception, so distances are not "FID".
     """
 
     SIDE = 224
@@ -327,7 +328,7 @@ def load_extractor(name: str, device="cpu") -> Extractor:
     Args:
         name: one of
             "portrait", the network that comes with this package, or "portrait:FOLDER", another one of its kind;
-            "inception", InceptionV3 as in FID practice, whose weights torch-fidelity fetches once;
+            "inception", InceptionV3 as FID uses it, whose weights torch-fidelity downloads once;
             "dinov2", ViT-L/14 as in FD-DINOv2 (arXiv 2306.04675), "dinov2:HUB_ID" or "dinov2:FOLDER";
             "clip", the image embeddings of ViT-B/32, "clip:HUB_ID" or "clip:FOLDER";
             "efficientnet", EfficientNet-Lite0, whose weights come from a package index.
@@ -362,7 +363,7 @@ def _load_inception(source: str, device) -> Extractor:
     file = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
     problem = f"""The weights of the extractor "inception" are not at {file} and cannot be fetched"""
     remedy = f"""Fetch {file.name} on a machine with a network (load_extractor("inception") does) and copy it there."""
-    if not file.exists() and HF_HUB_OFFLINE:  # torch.hub has no such switch, but who sets it means it
+    if not file.exists() and HF_HUB_OFFLINE:  # torch.hub has no such switch; respect this one
         raise OSError(f"{problem} (HF_HUB_OFFLINE is set). {remedy}")
     try:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
@@ -433,6 +434,6 @@ def _from_pretrained(kind: str, class_name: str, source: str) -> nn.Module:
 
 
 def _digest(network: nn.Module) -> str:
-    """Twelve hexadecimal digits that stand for the weights, whatever their names and order, which libraries change."""
+    """Digest of the weights, twelve hexadecimal digits. It ignores names and order, which libraries change."""
     tensors = [tensor.cpu().contiguous() for tensor in network.state_dict().values() if tensor.is_floating_point()]
     return digest(*sorted(hashlib.sha256(tensor.numpy()).digest() for tensor in tensors))[:12]

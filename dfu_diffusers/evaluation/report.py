@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The figures of a collection of images beside another one."""
+"""Metrics that compare a collection of images with another one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .sheets import contact_sheet
 
 
 class Compared(NamedTuple):
-    """What the figures of one row come from."""
+    """The collections from which the figures of one row are computed."""
 
     samples: Collection
     references: Collection
@@ -25,7 +25,7 @@ class Compared(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """Columns of the table, and how they are computed; None where a metric does not apply."""
+    """Columns of the table, and how they are computed; `compute` returns None if a metric does not apply."""
 
     columns: dict[str, str]  # names in results.json -> headings
     better: str  # "lower", "higher" or "real": as near as possible to the value of real images
@@ -88,13 +88,13 @@ METRICS = {
 
 
 COLUMNS = {column: heading for metric in METRICS.values() for column, heading in metric.columns.items()}
-FLOOR = "real"  # the method of the rows that are other real images
+FLOOR = "real"  # the method of rows of real images
 ARROWS = {"lower": " ↓", "higher": " ↑", "real": ""}  # which way is better; or as in real images
 HEADINGS = {
     column: heading + ARROWS[metric.better]
     for metric in METRICS.values()
     for column, heading in metric.columns.items()
-    if column not in ("kid_low", "kid_high")  # which stand beside KID
+    if column not in ("kid_low", "kid_high")  # shown with KID
 }
 
 
@@ -109,7 +109,7 @@ def measure(row: Compared, names: Sequence[str]) -> dict[str, float]:
 
 
 def _number(value) -> float:
-    """One figure, the mean where a metric gives one for each image."""
+    """One figure; the mean if a metric gives one per image."""
     return torch.as_tensor(value).double().mean().item()
 
 

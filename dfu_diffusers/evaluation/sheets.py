@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Contact sheets: images of any sizes beside each other, at one height."""
+"""Contact sheets: images of any sizes, shown at one height."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, zip_longest
@@ -11,11 +11,11 @@ LABEL, GAP = 16, 2  # px: height of a line of text, and distance between images
 
 
 def contact_sheet(rows: Mapping[str, Sequence], height: int = 128, columns: Sequence[str] = ()) -> Image.Image:
-    """Rows of images, column under column.
+    """A sheet with rows of images, aligned in columns.
 
     Args:
-        rows: images of each row by its label, which stands above it: PIL images, or arrays (h, w) or (h, w, 1 or 3)
-            of bytes. A single empty label takes no room; None in place of an image leaves a gap.
+        rows: images of each row by its label, which is printed above the row: PIL images, or arrays (h, w) or (h, w,
+            1 or 3) of bytes. If the only label is empty, no label is printed. None instead of an image leaves a gap.
         height: of each image in px. Pixels of smaller images stay visible as squares, larger ones are averaged.
         columns: headings.
 

@@ -17,22 +17,23 @@ HELD_OUT_SERIES = 20_002  # of portraits: neither trained on (--seed) nor valida
 
 
 class EvaluationError(ValueError):
-    """What cannot be measured, and what to do; one line."""
+    """Why something cannot be measured, and what to do, in one line."""
 
 
 def to_bytes(images: torch.Tensor) -> np.ndarray:
-    """(n, c, h, w) in [-1, 1] to (n, h, w, c) uint8, what lies outside clipped."""
+    """(n, c, h, w) in [-1, 1] to (n, h, w, c) uint8, clipped to the range."""
     return images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_floats(pixels: np.ndarray) -> torch.Tensor:
-    """The opposite of `to_bytes`, in colour: (n, h, w, 1 or 3) uint8 to (n, 3, h, w) float32 in [-1, 1]."""
+    """The inverse of `to_bytes`, in colour: (n, h, w, 1 or 3) uint8 to (n, 3, h, w) float32 in [-1, 1]."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     return images.expand(-1, 3, -1, -1).contiguous()
 
 
 def fourier_resize(images: torch.Tensor, size: Size) -> torch.Tensor:
-    """Zero-pad the spectrum of (n, c, h, w), or cut it: the band-limited function through the pixels at other centres.
+    """Resample (n, c, h, w) by zero-padding or cutting its spectrum: the band-limited function through its pixels,
+    evaluated at the new pixel centres.
 
     Pixel j of N is the cell around (j + 1/2)/N of a periodic function, as everywhere in this package.
 
@@ -50,7 +51,7 @@ def _fourier_matrix(old: int, new: int) -> torch.Tensor:
     x, y = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (old, new))
     k = torch.arange(1, (min(old, new) - 1) // 2 + 1, dtype=torch.float64)
     matrix = 1 + 2 * torch.cos(2 * torch.pi * k * (y[:, None] - x)[..., None]).sum(-1)
-    if old % 2 == 0 and new >= old:  # what alternates from pixel to pixel is a sine, zero between its samples
+    if old % 2 == 0 and new >= old:  # the wave at the Nyquist frequency is a sine at the pixel centres
         matrix += torch.sin(torch.pi * old * y)[:, None] * torch.sin(torch.pi * old * x)
     return matrix / old
 
@@ -97,7 +98,7 @@ class ModelSource:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Names a model by its configuration and weights, wherever and in whatever files these lie."""
+    """A digest of a model's configuration and weights, independent of its files and their place."""
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     parts = [json.dumps(config, sort_keys=True).encode()]
     for name, tensor in sorted(model.state_dict().items()):
@@ -106,7 +107,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 class Resized:
-    """The images of a collection brought to other sizes by "lanczos" or "fourier": the baseline of upsampling."""
+    """The images of a collection resized by "lanczos" or "fourier": the baseline of upsampling."""
 
     def __init__(self, samples, method: str):
         self.samples, self.method = samples, method
@@ -123,7 +124,7 @@ class Resized:
 
 
 class Portraits:
-    """Procedural portraits that no run of the trainer with its usual seeds has seen, rendered at the size itself."""
+    """Procedural portraits that training and validation with the usual seeds never use, rendered at each size."""
 
     length = 2**31
 
@@ -135,7 +136,7 @@ class Portraits:
 
 
 class Pictures:
-    """Images of an `ImageDataset` in an order of chance, centre-cropped and shrunk by antialiased Lanczos."""
+    """Images of an `ImageDataset` in random order, centre-cropped and shrunk by antialiased Lanczos."""
 
     def __init__(self, dataset, seed: int = 0):
         self.dataset, self.length = dataset, len(dataset)

@@ -13,7 +13,7 @@ from ..command_line import device_name, git_commit
 
 
 def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
-    """The arguments, and as `words` what was said: a table names the command that made it."""
+    """The parsed arguments, and the command line as `words`, which `report` prints with the table."""
     args = parser.parse_args(argv)
     args.words = sys.argv[1:] if argv is None else list(argv)
     if getattr(args, "threads", None):
@@ -22,12 +22,12 @@ def parse(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
 
 
 def setting(device: str) -> dict:
-    """Where a figure comes from: device with threads, version of torch and commit."""
+    """How a figure was measured: device with number of threads, version of torch, and commit."""
     return {"device": device_name(torch.device(device)), "torch": torch.__version__, "commit": git_commit()}
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table of rows with the same keys; numbers to three digits. Nothing where there are no rows."""
+    """A table of rows with the same keys; numbers to three digits. Empty if there are no rows."""
     if not rows:
         return ""
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
