@@ -8,22 +8,22 @@ The trainer calls `check_push` before it starts, `model_card` and `push_folder` 
 
 Two kinds of repository, which differ in a few lines of model_index.json and in a file of code for each component:
 
-- Plain, the default. It holds no code: `DFUPipeline.from_pretrained(id)` loads it, and after `import dfu_diffusers`
-  diffusers' own loaders do. Publish this one where people can install the package: they need no flag, trust nothing
-  but weights, and get our later corrections.
-- Self-contained (`self_contained=True`). Our modules lie beside the weights: `DiffusionPipeline.from_pretrained(id,
-  trust_remote_code=True)` and `AutoModel.from_pretrained(id, subfolder="unet", trust_remote_code=True)` need nothing
-  but diffusers. Publish this one for people without the package; it asks them to trust you, and runs the code of the
-  day it was pushed. With the package, `DFUPipeline.from_pretrained(id)` and `DFUModel.from_pretrained(id,
-  subfolder="unet")` load it, too, with the package's own classes: no flag, and no code of the repository runs.
-  diffusers' own loaders want the flag all the same, for they cannot know whose code it is.
+- Plain, the default. It holds no code. `DFUPipeline.from_pretrained(id)` loads it, and so do diffusers' own loaders
+  after `import dfu_diffusers`. Publish this kind for people who can install the package: they need no flag, have to
+  trust only weights, and get later fixes.
+- Self-contained (`self_contained=True`). It also holds our modules: `DiffusionPipeline.from_pretrained(id,
+  trust_remote_code=True)` and `AutoModel.from_pretrained(id, subfolder="unet", trust_remote_code=True)` need only
+  diffusers. Publish this kind for people without the package. They have to trust you, and run the code as it was
+  pushed. With the package, `DFUPipeline.from_pretrained(id)` and `DFUModel.from_pretrained(id, subfolder="unet")` load
+  it, too, with the package's own classes: without a flag, and without running code of the repository. diffusers' own
+  loaders need the flag even then, because they cannot know whose code it is.
 
 One repository can offer both: plain on main, self-contained on another `revision`.
 
-Every push is one commit, of which nothing shows before all of it has arrived. Large files go ahead of it and are known
-by their content, so pushing again after an interruption sends only what is missing; with shards (`max_shard_size`),
-that is in steps of their size. So nothing here uses huggingface_hub's `upload_large_folder` (gone in its release 2) or
-`upload_folder`: they cut an upload into several commits, and an interruption would leave half a model for others.
+Every push is one commit, so readers see all of it or nothing. Large files are uploaded before the commit and
+identified by their content, so a push after an interruption sends only the missing files (`max_shard_size` makes these
+smaller). huggingface_hub's `upload_large_folder` (removed in its release 2) and `upload_folder` are not used: they
+split an upload into several commits, and an interruption would publish half a model.
 """
 
 from .card import METADATA, TEMPLATE, card_head, check_card, model_card, update_card

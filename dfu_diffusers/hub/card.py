@@ -27,7 +27,7 @@ METADATA = {
     "pipeline_tag": "unconditional-image-generation",
     "tags": ["diffusers", "dfu", "dfu_diffusers", "fourier-neural-operator", "any-resolution"],
 }
-# What `model_card` and our own cards hold to load the model, and what tells how to do so without this package.
+# The code in cards that loads the model, and the section that explains how to do so without this package.
 SNIPPET = re.compile(
     r'^pipe = DFU\w*Pipeline\.from_pretrained\((?P<place>"(?P<id>[^"\n]*)"(?:, revision="[^"\n]*")?)', re.MULTILINE
 )
@@ -45,27 +45,27 @@ WORD = re.compile(r"[\w.+-]{1,20}")  # an option's value that a card shows
 
 
 def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) -> str:
-    """README.md of a trained pipeline. Nothing is made up: a section of the template without facts is left out.
+    """README.md of a trained pipeline. Sections of the template for which there are no facts are left out.
 
     Args:
-        template: a Jinja template, such as `TEMPLATE`. Its variables are the facts that it knows, each optional.
-        folder: the saved pipeline: parameters, size and classes are read there, and samples.png, loss.png and
+        template: path of a Jinja template, such as `TEMPLATE`. Its variables are the possible facts, all optional.
+        folder: the saved pipeline. Parameters, size and classes are read there, and samples.png, loss.png and
             validation.png are shown if they exist.
-        repo_id: what `from_pretrained` will be called with.
+        repo_id: the name with which `from_pretrained` will be called.
         facts: `license` (the Hub's identifier, "apache-2.0") and `datasets` (Hub ids) also enter the metadata.
             `train_sizes` is a list such as ["16", "24x32"], `validation` maps such sizes to losses, `metrics` maps
             names to such a mapping each, {"FID": {"32": 12.3}}; both enter the metadata as `model-index`, too.
-            `options` maps names to values, of which numbers and short words are shown: no paths, addresses or texts.
-            `class_names` are shown as plain text. `self_contained` tells how to load without this package; it is true
-            of a folder that was saved so. From every text access tokens and the credentials of addresses are cut;
-            paths are not, so write none.
+            `options` maps names to values; only numbers and short words are shown, no paths, addresses or texts.
+            `class_names` are shown as plain text. `self_contained` adds how to load without this package; by default
+            it is true if the folder was saved that way. Access tokens and credentials in addresses are removed from
+            all texts. Paths are not removed, so write none.
 
     Returns:
         Markdown that begins with valid metadata.
 
     Raises:
         HubError: the folder holds no pipeline with a unet, or the metadata are not valid.
-        TypeError: a fact that the template does not know.
+        TypeError: a fact for which the template has no variable.
     """
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["thousands"] = "{:,}".format
@@ -89,10 +89,11 @@ def model_card(template: str | Path, folder: str | Path, repo_id: str, **facts) 
 
 
 def card_head(license: str | None = None, datasets: list[str] | None = None, **more) -> str:
-    """The metadata with which a card begins, between lines of ---; `more` is for huggingface_hub's ModelCardData.
+    """The metadata at the top of a card, between lines of ---. `more` are arguments of huggingface_hub's
+    ModelCardData.
 
     Raises:
-        HubError: `license` cannot be an identifier of the Hub.
+        HubError: `license` cannot be a licence identifier of the Hub.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(license)):
         raise HubError(f"{license!r} names no licence as the Hub does: write cc-by-4.0, apache-2.0 or other, say.")
@@ -100,9 +101,9 @@ def card_head(license: str | None = None, datasets: list[str] | None = None, **m
 
 
 def _fit_card(card: str, repo_id: str | None, self_contained: bool, revision: str | None = None) -> str:
-    """The card with code that loads the model from `repo_id`, None being the name that it has there.
+    """The card with code that loads the model from `repo_id`; None keeps the name in the card.
 
-    Code of other forms, in cards that `model_card` did not write, stays as it is.
+    Other code, in cards that `model_card` did not write, is not changed.
     """
     card = re.sub(re.escape(WITHOUT_PACKAGE).replace(re.escape("{place}"), ".*"), "", card)
     if not (found := SNIPPET.search(card)):
@@ -115,7 +116,7 @@ def _fit_card(card: str, repo_id: str | None, self_contained: bool, revision: st
 
 
 def _results(name: str, facts: dict) -> dict:
-    """What the Hub shows as evaluation results: arguments of ModelCardData, none without figures."""
+    """The Hub's evaluation results as arguments of ModelCardData; empty without figures."""
     figures = {"held-out loss": facts.get("validation"), **(facts.get("metrics") or {})}
     dataset = (facts.get("datasets") or [None])[0]
     results = [
@@ -134,10 +135,10 @@ def _results(name: str, facts: dict) -> dict:
 
 
 def check_card(text: str) -> None:
-    """Raise a HubError unless the text begins with the metadata by which the Hub lists and loads a model, or if it
-    holds an access token or an address with credentials.
+    """Raise a HubError if the text does not begin with the metadata by which the Hub lists and loads a model, or if it
+    contains an access token or an address with credentials.
 
-    This needs no network; the Hub validates the metadata again before every push.
+    This needs no network. The Hub validates the metadata again before every push.
     """
     remedy = f"write {', '.join(METADATA)} between two lines of --- at its top, as in model_card.md"
     try:
@@ -159,9 +160,9 @@ def update_card(
 
     Args:
         figures: {(height, width): {column: value}}.
-        headings: {column: what it is called on the card}.
-        data: what was compared with.
-        protocol: extractor and count, for figures made in another way are others.
+        headings: {column: its name on the card}.
+        data: the references of the figures.
+        protocol: extractor and number of images; figures with another protocol are separate entries.
 
     Raises:
         HubError: there is no card, or its metadata are not valid.
@@ -188,7 +189,7 @@ def update_card(
 
 
 def _facts_of(folder: Path) -> dict:
-    """What the saved pipeline itself can tell."""
+    """Facts that can be read from the saved pipeline."""
     components = _components(folder)
     if "unet" not in components:
         raise HubError(f"{folder} holds a pipeline without a unet, which no template here describes: write its card.")
@@ -218,7 +219,7 @@ def _facts_of(folder: Path) -> dict:
 def _count_parameters(folder: Path) -> int:
     total = 0
     for path in folder.glob("*.safetensors"):
-        if _variant(path.name) == "":  # others hold the same weights once more: *.fp16.safetensors
+        if _variant(path.name) == "":  # variants such as *.fp16.safetensors hold the same weights again
             with safe_open(path, "pt") as weights:
                 total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     return total
@@ -232,12 +233,12 @@ def _is_brief(value) -> bool:
 
 
 def _plain(text) -> str:
-    """Text of strangers, such as the name of a class, as Markdown that shows it literally, in one line."""
+    """Untrusted text, such as the name of a class, as Markdown that shows it literally, in one line."""
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def _without_secrets(value):
-    """The value with access tokens and the credentials of addresses cut from all its texts."""
+    """The value, with access tokens and credentials in addresses removed from all its texts."""
     if isinstance(value, dict):
         return {key: _without_secrets(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 CARD, INDEX = "README.md", "model_index.json"
 CONFIGS = ("config.json", "scheduler_config.json")  # of components
-WEIGHTS = r"(?:diffusion_pytorch_)?model"  # what names of files with weights begin with
+WEIGHTS = r"(?:diffusion_pytorch_)?model"  # start of the names of files with weights
 
 
 class HubError(Exception):
-    """What keeps a model from the Hub, in one line that names the remedy."""
+    """Why a model cannot be published, in one line that names the remedy."""
 
 
 def _index(folder: Path) -> dict:
@@ -35,7 +35,8 @@ def _read_mapping(path: Path) -> dict:
 
 
 def _variant(name: str) -> str | None:
-    """Of a file of weights or their index: "fp16", "raw", "" for the main weights; None of another file."""
+    """The variant of a file of weights or of their index: "fp16", "raw", or "" for the main weights. None for other
+    files."""
     index = rf"{WEIGHTS}\.safetensors\.index(?:\.(?P<a>\w+))?\.json"
     weights = rf"{WEIGHTS}(?:\.(?P<b>\w+))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors"
     match = re.fullmatch(f"{index}|{weights}", name)
@@ -47,7 +48,7 @@ def _components(folder: Path) -> list[str]:
     index = _index(folder)
     names = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and any(value)]
     for name in names:
-        if not re.fullmatch(r"\w+", name):  # "../elsewhere" would publish what lies beside the pipeline
+        if not re.fullmatch(r"\w+", name):  # "../elsewhere" would publish files outside of the pipeline
             raise HubError(
                 f"{folder / INDEX} lists a component {name!r}, which is no name of a folder: save it again."
             )
@@ -55,8 +56,8 @@ def _components(folder: Path) -> list[str]:
 
 
 def _code(folder: Path) -> list[Path]:
-    """The modules of a self-contained pipeline, which its model_index.json names, with those that they import from
-    beside them; none of a plain one."""
+    """The modules of a self-contained pipeline that its model_index.json names, with the modules in the same folder
+    that they import. Empty for a plain pipeline."""
     index = _index(folder)
     places = {"_class_name": folder, **{name: folder / name for name in _components(folder)}}
     named = [(places[name], str(index[name][0])) for name in places if isinstance(index.get(name), list)]
@@ -78,9 +79,9 @@ def _one_line(error: Exception) -> str:
 
 
 def with_neighbours(module: Path) -> list[Path]:
-    """The file of a module, and those beside it that it imports, directly or not: folders saved by 0.1.0 have such."""
+    """The file of a module and the files in its folder that it imports, directly or not, as in folders of 0.1.0."""
     found = [module]
-    for path in found:  # which grows on the way
+    for path in found:  # the list grows during the loop
         names = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
         found += [other for name in names if (other := path.with_name(f"{name}.py")) not in found]
     return found

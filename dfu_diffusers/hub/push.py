@@ -32,40 +32,45 @@ from .folder import (
 
 logger = logging.getLogger(__name__)
 CODE = [f"{module}.py" for module in REMOTE_CODE_MODULES]  # of self-contained repositories
-REPORTS = ("samples.png", "loss.png", "validation.png", "loss.csv", "validation.csv")  # what the trainer leaves beside
+REPORTS = ("samples.png", "loss.png", "validation.png", "loss.csv", "validation.csv")  # written by the trainer
 WAITS = (1, 4, 16)  # seconds before the second, third and fourth try
-# Of requests that got no answer. The first is the HTTP library's own, whichever one huggingface_hub is built on;
-# RuntimeError is all that its Rust client for large files tells.
+# Errors of requests without an answer. The first is that of the HTTP library on which huggingface_hub is built; its
+# Rust client for large files raises a plain RuntimeError.
 NO_ANSWER = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError, json.JSONDecodeError, RuntimeError)
 
 
 def files_to_push(
     folder: str | Path, self_contained: bool = False, include: Sequence[str] = ()
 ) -> list[tuple[str, int]]:
-    """What of a pipeline's folder belongs on the Hub: paths relative to it, with sizes in bytes.
+    """The files of a pipeline's folder that a push uploads: paths relative to the folder, with sizes in bytes.
 
-    These are model_index.json; of the components it lists config.json, scheduler_config.json and the safetensors
-    weights with their index, in every precision; README.md with the pictures that it shows, and the trainer's pictures
-    and tables; besides the modules that model_index.json names, or, with `self_contained`, those that make the
-    pipeline load without this package. Nothing else leaves the machine, see `files_left_out`: no checkpoints, logs,
-    optimizer states, pickles or other files that lie among these. `_name_or_path`, which diffusers adds, is cut from
-    the configurations.
+    - model_index.json;
+    - of each component that it lists: config.json or scheduler_config.json, and the safetensors weights with their
+      index, in every precision;
+    - README.md with the pictures that it shows, and the pictures and tables of the trainer;
+    - the modules that model_index.json names or, with `self_contained`, those with which the pipeline loads without
+      this package.
 
-    `include` asks for more: patterns such as "logs", "checkpoint-*" or "**/*.txt", relative to the folder. What they
-    match goes up as it is, folders with all that is in them, pickles and paths of this machine, too.
+    Nothing else is uploaded, see `files_left_out`: no checkpoints, logs, optimizer states, pickles or other files.
+    `_name_or_path`, which diffusers adds, is removed from the configurations.
 
-    README.md goes up with code that loads the model from where it was pushed: it may grow or shrink by a few bytes.
+    `include` adds files by patterns such as "logs", "checkpoint-*" or "**/*.txt", relative to the folder. Matching
+    files are uploaded unchanged, and matching folders with all their files, pickles and paths of this machine
+    included.
+
+    The code in README.md is changed to load the model from where it was pushed, so its size may change by a few bytes.
 
     Raises:
-        HubError: the folder holds no pipeline, one without safetensors weights, nothing that `include` matches, or a
-            link to a file outside of it.
+        HubError: the folder holds no pipeline, a pipeline without safetensors weights, nothing that `include` matches,
+            or a link to a file outside of the folder.
     """
     contents = _contents(Path(folder), self_contained, include)
     return [(path, len(at) if isinstance(at, bytes) else at.stat().st_size) for path, at in contents.items()]
 
 
 def files_left_out(folder: str | Path, self_contained: bool = False, include: Sequence[str] = ()) -> list[str]:
-    """What `files_to_push` leaves out: files and folders beside the pipeline's own, and files of its components."""
+    """The files and folders that `files_to_push` leaves out, in the pipeline's folder and in those of its
+    components."""
     folder = Path(folder)
     pushed = {Path(path) for path in _contents(folder, self_contained, include)}
     kept = pushed | {parent for path in pushed for parent in path.parents}
@@ -77,7 +82,7 @@ def files_left_out(folder: str | Path, self_contained: bool = False, include: Se
 def _contents(
     folder: Path, self_contained: bool, include: Sequence[str] = (), repo_id: str | None = None, revision=None
 ) -> dict[str, Path | bytes]:
-    """What to push, by path: a file on the disk, or its content where that is changed on the way."""
+    """What to push, by path: a file on disk, or its content if it is changed for the push."""
     paths = [folder / INDEX]
     for component in _components(folder):
         found = [path for path in sorted((folder / component).glob("*")) if _is_known(path.name)]
@@ -117,14 +122,15 @@ def _is_known(name: str) -> bool:
 
 
 def _check_links(folder: Path, paths: Iterable[Path]) -> None:
-    """Raise a HubError if one of the paths, or a folder on the way to it, is a link that leaves the folder."""
+    """Raise a HubError if one of the paths, or one of its parent folders, is a link to a place outside of the
+    folder."""
     for path in paths:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise HubError(f"{path} is a link that leaves {folder}: put a copy of what it shall publish in its place.")
 
 
 def _included(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files that the patterns ask for, those in folders that they match included."""
+    """The files that match the patterns, and the files in matching folders."""
     files = []
     for pattern in patterns:
         path = Path(pattern)
@@ -137,7 +143,7 @@ def _included(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _without_origin(content: Path | bytes) -> Path | bytes:
-    """A configuration without the name of the folder from which diffusers loaded the part."""
+    """A configuration without `_name_or_path`, the folder from which diffusers loaded the component."""
     if isinstance(content, bytes) or "_name_or_path" not in (config := _read_mapping(content)):
         return content
     del config["_name_or_path"]
@@ -151,26 +157,25 @@ def check_push(
     tag: str | None = None,
     card: str | None = None,
 ) -> str:
-    """Make sure, before a run of days begins, that its result can be pushed.
+    """Check before a long run that its result can be pushed.
 
-    Checks name and login, has the Hub validate the card, creates the repository unless it is there, and asks whether
-    this login may write to it and whether the tag is new.
+    Checks name and login, lets the Hub validate the card, creates the repository if it does not exist, and checks that
+    this login may write to it and that the tag is new.
 
     Args:
         repo_id: "user/name", "organization/name", or "name" for the user who is logged in.
-        private: only those with access will see it. False leaves the Hub's default: public, unless an organization
-            made private its own. An existing repository keeps its visibility; a public one is refused if private was
-            asked for.
+        private: create a private repository. False takes the Hub's default: public, unless the organization has
+            another default. An existing repository keeps its visibility; a public one is refused if `private` is true.
         token: an access token; None takes the one of `hf auth login` or of HF_TOKEN.
         tag: as for `push_folder`.
-        card: README.md as it will be pushed; its metadata will do, see `card_head`.
+        card: README.md as it will be pushed; its metadata (`card_head`) are enough.
 
     Returns:
         The full name, "user/name".
 
     Raises:
         HubError: no login, unknown token, no permission, malformed name, no network, offline mode, metadata that the
-            Hub does not take, a tag that is there.
+            Hub does not accept, or a tag that exists.
     """
     _check_name(repo_id)
     api = HfApi(token=token)
@@ -179,7 +184,7 @@ def check_push(
     if card is not None:
         _validate_card(card, repo_id)
     _call(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), repo_id)
-    # Only this request, the first one of every upload, tells whether a repository that exists may be written to.
+    # Only this request, the first of every upload, shows whether this login may write to an existing repository.
     probe = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=b"#")
     _call(lambda: api.preupload_lfs_files(repo_id, [probe]), repo_id)
     if private and not _call(lambda: api.repo_info(repo_id), repo_id).private:
@@ -206,24 +211,25 @@ def push_folder(
     tag: str | None = None,
     include: Sequence[str] = (),
 ) -> str:
-    """Upload `files_to_push(folder)` in one commit, so that an interrupted upload leaves the repository as it was.
+    """Upload `files_to_push(folder)` in one commit, so that an interrupted upload leaves the repository unchanged.
 
-    Weights and modules of an earlier push that this one does not replace (shards, say) are deleted in the same
-    commit, for diffusers might load them instead of the new ones. Other files there stay.
+    Weights and modules of an earlier push that this one does not replace, such as shards, are deleted in the same
+    commit, because diffusers might load them instead of the new ones. Other files in the repository stay.
 
     Args:
         repo_id: full name of a repository that exists, as returned by `check_push`.
         token: as for `check_push`.
-        self_contained: see the top of this file; the folder itself stays as it is. One that was saved so goes up so.
-        revision: a branch, made from main unless it is there (and left there by an upload that fails). None is main.
-        tag: a new name for this state, "v1.0" say, by which `from_pretrained(..., revision="v1.0")` finds it for good.
-        include: patterns of files that do not belong to a pipeline and shall go along, see `files_to_push`.
+        self_contained: see `dfu_diffusers.hub`. The folder itself is not changed. A folder that was saved as
+            self-contained is always pushed as such.
+        revision: a branch; it is created from main if it does not exist (and stays if the upload fails). None is main.
+        tag: a new name for this state, such as "v1.0", to load it later by `from_pretrained(..., revision="v1.0")`.
+        include: patterns of further files to push, see `files_to_push`.
 
     Returns:
         The address of the repository's page.
 
     Raises:
-        HubError: the folder does not fit, the tag exists, or the Hub refused, or failed again and again.
+        HubError: the folder cannot be pushed, the tag exists, or the Hub refused or failed repeatedly.
     """
     folder = Path(folder)
     contents = _contents(folder, self_contained, include, repo_id, revision)
@@ -246,7 +252,7 @@ def push_folder(
         return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
     info = _call(commit, repo_id)
-    if tag:  # exist_ok, for the answer to a first try may have been lost
+    if tag:  # exist_ok, because the answer to a first try may have been lost
         _call(
             lambda: api.create_tag(repo_id, tag=tag, revision=info.oid, exist_ok=True),
             repo_id,
@@ -256,7 +262,7 @@ def push_folder(
 
 
 def _is_replaced(path: str, components: list[str]) -> bool:
-    """Whether a file on the Hub is a part of the pipeline that every push brings anew."""
+    """Whether a file on the Hub is one of those that every push replaces: weights and modules of the pipeline."""
     *folder, name = path.split("/")
     is_weights = bool(folder) and (name.endswith(".safetensors") or ".safetensors.index." in name)
     return folder in ([], *([each] for each in components)) and (is_weights or name in CODE)
@@ -275,8 +281,7 @@ def _check_name(repo_id: str) -> None:
 
 
 def _validate_card(card: str, repo_id: str) -> None:
-    """Have the Hub validate the metadata. ModelCard.validate, which does so, does it elsewhere than HF_ENDPOINT says
-    in older releases."""
+    """Let the Hub validate the metadata. Not by ModelCard.validate, which ignores HF_ENDPOINT in older releases."""
     check_card(card)
     content = {"content": card, "repoType": "model"}
 
@@ -288,7 +293,7 @@ def _validate_card(card: str, repo_id: str) -> None:
 
 
 def _call(request: Callable, repo_id: str, state: str = "is as it was"):
-    """request(), tried again where that may help; an error that stays becomes a HubError, which tells the state."""
+    """request(), repeated if that may help. A lasting error becomes a HubError that names the repository's state."""
     for wait in (*WAITS, None):
         try:
             return request()
@@ -302,12 +307,12 @@ def _call(request: Callable, repo_id: str, state: str = "is as it was"):
 
 
 def _cause(error: Exception) -> Exception:
-    """The failed request itself: huggingface_hub wraps that of a single file in a RuntimeError."""
+    """The error of the failed request: huggingface_hub wraps that of a single file in a RuntimeError."""
     return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
 
 
 def _status(error: Exception) -> int | None:
-    """HTTP status of the Hub's answer, None if there was no answer."""
+    """HTTP status of the Hub's answer; None if there was no answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -325,7 +330,7 @@ def _retry_after(error: Exception) -> int:
 
 
 def _explain(error: Exception, repo_id: str, state: str) -> str:
-    """One line: what is wrong, and what to do."""
+    """One line that says what is wrong and what to do."""
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo_id} cannot be reached: offline mode is on. Unset HF_HUB_OFFLINE to push."
     if isinstance(error, LocalTokenNotFoundError):

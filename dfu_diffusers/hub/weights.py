@@ -14,13 +14,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def convert(folder: str | Path, dtype: str, max_shard_size: str = "10GB") -> list[Path]:
-    """Write the weights of a saved pipeline's models in another precision, beside the ones that are there.
+    """Write the weights of a saved pipeline's models in another precision, beside the existing ones.
 
     Args:
         folder: the saved pipeline.
-        dtype: "fp16" or "bf16" makes a variant, which `from_pretrained(folder, variant="fp16",
-            torch_dtype=torch.float16)` loads. "fp32" replaces the weights themselves: with smaller shards, say.
-        max_shard_size: larger weights are split into files of at most so much, "5GB" say.
+        dtype: "fp16" or "bf16" writes a variant, which `from_pretrained(folder, variant="fp16",
+            torch_dtype=torch.float16)` loads. "fp32" replaces the main weights, for example with smaller shards.
+        max_shard_size: larger weights are split into files of at most this size, such as "5GB".
 
     Returns:
         The new files.
