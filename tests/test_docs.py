@@ -36,6 +36,7 @@ OTHERS = [
         "examples/README.md",
         "examples/space/README.md",
         "checkpoints/dfu-portraits/README.md",
+        "checkpoints/dfu-upscaler/README.md",
         "dfu_diffusers/assets/portrait-reader/README.md",
         "CHANGELOG.md",
         "SECURITY.md",

@@ -355,6 +355,10 @@ def test_inpainting_through_the_octaves_keeps_known_pixels(make_octaves):
     other = torch.where(mask, torch.rand(2, 3, 20, 27, generator=seeded(3)), image)
     again = pipe(other, mask, **{**options, "generator": seeded(0)}).images
     assert torch.equal(result, again)  # what lay under the mask is forgotten
+    plain, seamless = (
+        pipe(image, mask, **{**options, "generator": seeded(0), "seamless": on}).images for on in (False, True)
+    )
+    assert torch.equal(result, plain) and not torch.allclose(result, seamless, atol=1e-3)
 
 
 def test_inpainting_everything_is_generation(make_octaves):

@@ -262,8 +262,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_compiled_by_the_launcher_the_names_of_weights_stay(tmp_path, monkeypatch):
-    """As by `accelerate launch --dynamo_backend eager`, but run uncompiled, which is quicker and has the same names. The
-    checkpoint is one of an ordinary run."""
+    """As by `accelerate launch --dynamo_backend eager`, but run uncompiled, which is quicker and has the same names.
+    The checkpoint is one of an ordinary run."""
     options = ["--resolutions", "8"]
     with monkeypatch.context() as patch, torch.compiler.set_stance("force_eager"):
         patch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
@@ -349,7 +349,7 @@ def test_flat_pictures_are_nothing_for_a_refiner(tmp_path, refiner_config):
     (tmp_path / "flat").mkdir()
     for i in range(3):
         Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
-    with pytest.raises(SystemExit, match="flat have no detail to learn: they are flat, or were enlarged"):
+    with pytest.raises(SystemExit, match="flat have no detail to learn: they are flat or enlarged"):
         run(*TINY, *refiner_config, "--train_data_dir", tmp_path / "flat", "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -60,7 +60,7 @@ class DFUInpaintPipeline(DFUPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the name and default of diffusers
         max_batch_size: int | None = None,
         guidance_scale: float = 1.0,
-        seamless: bool = True,
+        seamless: bool | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Repaint images. Pixels outside the mask are returned as they came, bit for bit.
 
@@ -87,7 +87,8 @@ class DFUInpaintPipeline(DFUPipeline):
             max_batch_size: most images that the network processes at once, to limit memory. The images stay the same.
             guidance_scale: as in `DFUPipeline`; 1 switches it off.
             seamless: correct each denoised image inside the hole by the `HarmonicInterpolation` of its error at the
-                rim. Switch it off for images whose neighbouring pixels are unrelated.
+                rim. None is True where `unet` works at the full size, and False in octaves, where it does harm
+                (`docs/upscale.md`).
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -119,6 +120,7 @@ class DFUInpaintPipeline(DFUPipeline):
         # 2. Sample. Known pixels of each denoised image are replaced by the given ones
         image, hole = image.to(self._execution_device), hole.to(self._execution_device)
         known = 2 * image - 1
+        seamless = not octaves if seamless is None else seamless
         fill = HarmonicInterpolation(hole, run.periodic) if seamless else None
 
         def replace(denoised):

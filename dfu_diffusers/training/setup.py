@@ -207,7 +207,7 @@ class Data:
             powers.append(detail_std(fit_size(torch.stack([item["image"] for item in items]), size)) ** 2)
         std = round(math.sqrt(np.average(powers, weights=args.resolution_weights)), 4)
         if std == 0:
-            raise ValueError(f"The pictures of {self.images} have no detail to learn: they are flat, or were enlarged.")
+            raise ValueError(f"The pictures of {self.images} have no detail to learn: they are flat or enlarged.")
         return std
 
     def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
