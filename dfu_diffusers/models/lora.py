@@ -116,8 +116,8 @@ class LoRAMixin(PeftAdapterMixin):
 
 
 def _peft():
-    """PEFT, which is optional. With an import statement, diffusers would require it of everybody who loads this file
-    from a repository."""
+    """PEFT, which is optional. Were it imported by a statement, diffusers would require it of all who load this file
+    with a repository."""
     return importlib.import_module("peft")
 
 
