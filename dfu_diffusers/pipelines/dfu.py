@@ -168,8 +168,8 @@ class DFUPipeline(DFUPipelineBase):
             generator: source of all noise. With a list of one generator per image, each image does not depend on the
                 others of the batch. A CPU generator gives the same noise on every device.
             latents: unit normal noise to start from, (batch_size, channels, height, width). With a refiner, height and
-                width are at least those of `unet`'s grid. Noise for the refiner's condition and for churn still comes
-                from `generator`.
+                width are at least those of `unet`'s grid. `generator` still draws the noise of the refiner's condition
+                and of churn.
             output_type: "pil" (1, 3 or 4 channels), "np" (batch, height, width, channels) or "pt" (batch, channels,
                 height, width) in [0, 1], or "latent": the sample itself, neither clamped nor rescaled.
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
