@@ -278,6 +278,14 @@ def test_an_octave_has_the_schedule_of_the_refiner(make_octaves):
     assert len(levels) == 4 and all(start == pytest.approx((8.0, 0.01), rel=1e-4) for start in starts)
 
 
+@pytest.mark.parametrize("levels", [dict(rho=0.1), dict(rho=1000.0), dict(sigma_min=10.0)])
+def test_the_schedule_of_the_trunk_is_not_that_of_an_octave(make_octaves, levels):
+    pipe, told = make_octaves(EDMHeunScheduler(**levels)), []
+    with spy(pipe.refiner, lambda x, t, *_: told.append(math.exp(4 * t))):
+        assert draw_at(pipe, (12, 12)).isfinite().all()
+    assert told == [pytest.approx(8.0, rel=1e-4), pytest.approx(0.002, rel=1e-4)]
+
+
 def test_an_interrupted_trunk_is_enlarged_without_detail(make_octaves):
     def stop(pipe, i, t, kwargs):
         pipe._interrupt = True

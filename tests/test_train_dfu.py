@@ -381,6 +381,14 @@ def test_a_refiner_is_trained_and_resumed_and_goes_with_a_trunk(tmp_path, refine
     run(*TINY[2:], *tuned, "--max_train_steps", "1")
     assert DFUSuperResolutionPipeline.from_pretrained(tmp_path / "tuned").refiner.config.coarse_size == 4
 
+    pipe.save_pretrained(tmp_path / "both")
+    both = ["--init_from", tmp_path / "both", "--component", "refiner", "--resolutions", "8", "--max_train_steps", "1"]
+    run(*TINY[2:], *both, "--output_dir", tmp_path / "part")
+    upscaler = DFUSuperResolutionPipeline.from_pretrained(tmp_path / "part")
+    assert upscaler.unet is None and upscaler.refiner.config.detail_std == refiner.config.detail_std
+    with pytest.raises(SystemExit, match="whole has no unet, only: refiner"):
+        run(*TINY[2:], *tuned[:-1], tmp_path / "none", "--component", "unet")
+
 
 def test_pictures_cut_by_modes_are_seen(tmp_path, monkeypatch):
     """A trunk's pictures have the modes of the large ones; area averages of the same portraits differ."""
@@ -755,6 +763,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
         (["--dataset_name", "a", "--train_data_dir", "b"], "give one of them"),
         (["--train_data_dir", "b", "--cache_dir", "c", "--random_crop"], "give one of them"),
         (["--init_from", "somewhere"], "leave out --model_config"),
+        (["--component", "refiner"], "--component is a part of the pipeline of --init_from"),
         (["--spectral_rank", "0.4"], "--spectral_rank factorises the model of --init_from"),
         (["--checkpointed_levels", "0"], "--gradient_checkpointing asks for it"),
         (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),

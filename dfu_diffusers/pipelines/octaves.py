@@ -62,14 +62,17 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 def octave_scheduler(scheduler, refiner, steps: int, device="cpu") -> EDMDPMSolverMultistepScheduler:
     """The sampler of the refiner's detail, set to its start: one network call per step.
 
-    `sigma_min`, `rho` and `prediction_type` come from the pipeline's scheduler. The method is always DPM-Solver++(2M)
-    (arXiv 2211.01095): the coarse picture determines much of the detail, so six calls are as good as 19 with Heun's
-    method, which leaves noise with fewer calls.
+    The method is always DPM-Solver++(2M) (arXiv 2211.01095): the coarse picture determines much of the detail, so six
+    calls are as good as 19 with Heun's method, which leaves noise with fewer calls. Of the pipeline's scheduler only
+    `prediction_type`, which belongs to the networks, is taken: its noise levels are for whole pictures.
     """
-    shared = {name: scheduler.config[name] for name in ("sigma_min", "rho", "prediction_type")}
-    detail = {"sigma_data": refiner.config.detail_std, "sigma_max": refiner.config.sigma_max}
+    config = refiner.config
     with torch.device("cpu"):  # where diffusers would make its tensors depends on the default device
-        sampler = EDMDPMSolverMultistepScheduler(**shared, **detail)
+        sampler = EDMDPMSolverMultistepScheduler(
+            sigma_data=config.detail_std,
+            sigma_max=config.sigma_max,
+            prediction_type=scheduler.config["prediction_type"],
+        )
         sampler.set_timesteps(steps, device=device)
     sampler.set_begin_index(0)
     return sampler

@@ -46,6 +46,7 @@ class ModelOptions:
 
     model_config: Location | None = option(None, "config.json of a DFUModel or DFURefiner (default: the portraits')")
     init_from: Location | None = option(None, "fine-tune this pipeline, a folder or a Hub id, not a new model")
+    component: Literal["unet", "refiner"] | None = option(None, "of it to train (default: its unet, if it has one)")
     spectral_rank: Rank | None = option(None, "factorise its spectral weights (0.4: about a sixth of them)")
     freeze: list[str] = option([], "spatial, spectral, norm, attention, skip, embedding, level:N, level:N.KIND")
 
@@ -251,6 +252,8 @@ def check(args: Options) -> None:
         raise ValueError("--random_crop and --cache_dir, which holds images cropped already: give one of them")
     if args.init_from and args.model_config:
         raise ValueError("--init_from brings its own model: leave out --model_config")
+    if args.component and not args.init_from:
+        raise ValueError("--component is a part of the pipeline of --init_from: give both, or neither")
     if args.checkpointed_levels and not args.gradient_checkpointing:
         raise ValueError("--checkpointed_levels says where: --gradient_checkpointing asks for it")
     if args.spectral_rank and not args.init_from:

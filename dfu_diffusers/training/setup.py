@@ -76,7 +76,10 @@ def load_config(args: Options) -> tuple[str, dict]:
     source = args.init_from or args.model_config
     if args.init_from:
         index = DFUPipeline.load_config(args.init_from)
-        part = "unet" if (index.get("unet") or [None])[0] else "refiner"
+        there = [part for part in MODELS if (index.get(part) or [None])[0]]
+        part = args.component or there[0]
+        if part not in there:
+            raise ValueError(f"--init_from {args.init_from} has no {part}, only: {', '.join(there)}.")
         config = dict(MODELS[part].load_config(args.init_from, subfolder=part))
     else:
         config = json.loads(Path(source).read_text(encoding="utf-8"))
