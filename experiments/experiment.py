@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the two kinds of convolution bring beyond the training sizes: one recipe, one budget, many networks.
+"""What octaves, and the two kinds of convolution, bring beyond the training sizes: one budget, many networks.
 
     python experiments/experiment.py train                      # every run, one after another; finished ones are kept
     python experiments/experiment.py train dual-0 spatial-0     # only these, e.g. side by side on two cores
@@ -16,7 +16,8 @@ Runs (name-seed), all on procedural portraits, with the same images, noise and n
     tall       `dual` with about as many       mirror     `dual` with waves that are reflected at the edges, of the
                modes in the proportions of the            same frequencies (3.5 times the spectral parameters)
                paper's: twice as high a band down
-               as across
+               as across                       octaves    a trunk and a refiner, trained on the same images for
+                                               the time of `dual`: two runs, put into one pipeline
 Sampling at the largest training size and enlarging is a row beside each. --budget gpu trains to 64 px, tests to 256.
 """
 
@@ -32,14 +33,14 @@ from statistics import mean
 import torch
 from PIL import Image
 
-from dfu_diffusers import DFUModel, DFUPipeline
+from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner
 from dfu_diffusers.evaluation.sheets import contact_sheet
 from dfu_diffusers.evaluation.tables import markdown, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x"}
 FAR = 2  # beyond this factor only some runs are sampled
-FAR_RUNS = ["dual-0", "spatial-0"]
+FAR_RUNS = ["dual-0", "spatial-0", "octaves-0"]
 COLUMNS = {"fd": "fidelity: Frechet distance", "coherence": "coherence: Frechet distance after averaging down"}
 CONFIG = {
     "block_out_channels": [32, 64, 64],
@@ -48,6 +49,15 @@ CONFIG = {
     "attention_levels": [2],
     "dropout": 0.0,
 }
+# Of "octaves": the trunk draws half of the largest size, the refiner adds the rest.
+TRUNK = {
+    **CONFIG,
+    "block_out_channels": [32, 48, 64],
+    "fourier_modes": [None] * 3,
+    "conv_type": "spatial",
+    "attention_levels": [1, 2],
+}
+REFINER = {"_class_name": "DFURefiner", "hidden_channels": 64, "detail_std": None}
 
 
 @dataclass
@@ -57,6 +67,7 @@ class Budget:
     batch_size: int
     fine_tuning_steps: int
     images: int  # sampled at each size
+    octave_steps: tuple[int, int]  # of trunk and refiner: they take together the core time of `dual`
 
     @property
     def largest(self) -> int:
@@ -66,7 +77,10 @@ class Budget:
         return [round(factor * self.largest) for factor in FACTORS if (factor > FAR) == far]
 
 
-BUDGETS = {"cpu": Budget((16, 24, 32), 1500, 32, 200, 100), "gpu": Budget((32, 48, 64), 6000, 128, 600, 2000)}
+BUDGETS = {
+    "cpu": Budget((16, 24, 32), 1500, 32, 200, 100, (2200, 1500)),
+    "gpu": Budget((32, 48, 64), 6000, 128, 600, 2000, (9000, 6000)),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +89,7 @@ BUDGETS = {"cpu": Budget((16, 24, 32), 1500, 32, 200, 100), "gpu": Budget((32, 4
 
 def runs(budget: Budget) -> list[str]:
     """Names of all runs, those of the headline rows (two seeds) first."""
-    headline = [f"{kind}-{seed}" for seed in (0, 1) for kind in ("dual", "spatial", "spectral")]
+    headline = [f"{kind}-{seed}" for seed in (0, 1) for kind in ("dual", "spatial", "spectral", "octaves")]
     others = [
         "upsampled-0",
         *(f"dual-{n}-0" for n in reversed(budget.resolutions)),
@@ -116,35 +130,46 @@ def matching_channels(spatial: dict) -> list[int]:
     return min(widths, key=lambda channels: abs(parameters(block_out_channels=channels) - wanted))
 
 
-def training_command(run: str, budget: Budget, output: Path, seed: int) -> list[str]:
-    kind = run.rsplit("-", 1)[0]
-    single = kind.startswith("dual-")
-    options = {
-        "output_dir": output / run,
-        "resolutions": [kind.removeprefix("dual-")] if single else budget.resolutions,
-        "batch_size": budget.batch_size,
-        "max_train_steps": budget.steps,
-        "learning_rate": 1e-3,
-        "mixed_precision": "bf16",
-        "report_images": budget.steps * budget.batch_size,
-        "report_to": "none",
-        "checkpointing_steps": 250,
-        "checkpoints_total_limit": 1,
-        "seed": seed,
-    }
+def options_of(run: str, budget: Budget, output: Path) -> dict:
+    """Options of the trainer for a run, or for one of the two parts of "octaves", octaves-SEED/trunk or /refiner."""
+    run, _, part = run.partition("/")
+    kind, _, seed = run.rpartition("-")
+    options = {"resolutions": budget.resolutions, "batch_size": budget.batch_size, "max_train_steps": budget.steps,
+               "learning_rate": 1e-3, "seed": seed}  # fmt: skip
     if kind == "upsampled":
-        options |= {
+        return options | {
             "init_from": output / f"dual-{seed}",
             "upsample_resolutions": [round(5 / 3 * budget.largest)],
             "upsample_weight": 0.3,
             "max_train_steps": budget.fine_tuning_steps,
             "learning_rate": 2e-4,
         }
-    else:
-        config = output / run / "model.json"
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(model_config(kind, budget)))
-        options["model_config"] = config
+    config = {"trunk": TRUNK, "refiner": REFINER}.get(part) or model_config(kind, budget)
+    model = output / run / part / "model.json"
+    model.parent.mkdir(parents=True, exist_ok=True)
+    model.write_text(json.dumps(config))
+    options["model_config"] = model
+    if kind.startswith("dual-"):
+        options["resolutions"] = [kind.removeprefix("dual-")]
+    if part == "trunk":
+        options |= {"resolutions": [budget.largest // 2], "source_resolution": budget.largest, "p_mean": -1.7,
+                    "p_std": 1.6, "max_train_steps": budget.octave_steps[0]}  # fmt: skip
+    elif part == "refiner":
+        sizes = [round(share * budget.largest) for share in (0.625, 0.8, 1)]
+        options |= {"resolutions": sizes, "resolution_weights": [0.2, 0.2, 0.6],
+                    "max_train_steps": budget.octave_steps[1]}  # fmt: skip
+    return options
+
+
+def training_command(run: str, budget: Budget, output: Path, dtype: str) -> list[str]:
+    options = {"output_dir": output / run, **options_of(run, budget, output)}
+    options |= {
+        "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[dtype],
+        "report_images": options["max_train_steps"] * budget.batch_size,
+        "report_to": "none",
+        "checkpointing_steps": 250,
+        "checkpoints_total_limit": 1,
+    }
     if any((output / run).glob("checkpoint-*")):
         options["resume_from_checkpoint"] = "latest"
     return command("train_dfu.py", options)
@@ -161,22 +186,26 @@ def execute(words: list[str]) -> None:
     subprocess.run(words, check=True)
 
 
-def train(names: list[str], budget: Budget, output: Path) -> None:
+def train(names: list[str], budget: Budget, output: Path, dtype: str) -> None:
     for run in names:
         if (output / run / "model_index.json").exists():
             print(f"{run} is finished.")
-            continue
-        print(f"Training {run}.", flush=True)
-        execute(training_command(run, budget, output, int(run.rsplit("-", 1)[1])))
-        if not (output / run / "model_index.json").exists():
-            raise SystemExit(f"{run} was stopped before its end: the same command goes on with it.")
+        elif run.startswith("octaves-") and "/" not in run:
+            train([f"{run}/trunk", f"{run}/refiner"], budget, output, dtype)
+            refiner = DFURefiner.from_pretrained(output / run / "refiner" / "refiner")
+            DFUPipeline.from_pretrained(output / run / "trunk", refiner=refiner).save_pretrained(output / run)
+        else:
+            print(f"Training {run}.", flush=True)
+            execute(training_command(run, budget, output, dtype))
+            if not (output / run / "model_index.json").exists():
+                raise SystemExit(f"{run} was stopped before its end: the same command goes on with it.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluate(names: list[str], budget: Budget, output: Path, processes: int) -> None:
+def evaluate(names: list[str], budget: Budget, output: Path, dtype: str, processes: int) -> None:
     """Samples and metrics of the finished runs among `names`; what was sampled before is kept."""
     finished = [run for run in names if (output / run / "model_index.json").exists()]
     if not finished:
@@ -189,7 +218,7 @@ def evaluate(names: list[str], budget: Budget, output: Path, processes: int) -> 
             "sizes": budget.sizes(far=part == "far"),
             "train_size": budget.largest,
             "num_images": budget.images,
-            "dtype": "bfloat16",
+            "dtype": dtype,
             "batch_size": 20,
             "output_dir": output / part,
         }
@@ -223,10 +252,11 @@ def rows_of(results: list[dict]) -> list[dict]:
 
 def by_kind(rows: list[dict], column: str) -> dict[str, dict[int, list[float]]]:
     """Values of a column, one for each seed, by name of the row and size. `dual, lanczos` is upsampling."""
+    upsampled = ("dual", "octaves")
     values = defaultdict(lambda: defaultdict(list))
     for row in rows:
         name = row["kind"] if row["method"] in ("model", "real") else f"{row['kind']}, {row['method']}"
-        if column in row and (row["method"] in ("model", "real") or row["kind"] == "dual"):
+        if column in row and (row["method"] in ("model", "real") or row["kind"] in upsampled):
             values[name][row["size"]].append(row[column])
     return values
 
@@ -300,6 +330,17 @@ def claims(rows: list[dict], budget: Budget) -> str:
     values = {column: by_kind(rows, column) for column in COLUMNS}
     single = f"dual-{budget.largest}"
     compared = [
+        ("octaves beat sampling directly: coherence", "coherence", "octaves", "dual", (third, two_thirds, two)),
+        ("octaves beat sampling directly: fidelity", "fd", "octaves", "dual", (one, third, two_thirds, two)),
+        ("octaves beat the UNet: fidelity", "fd", "octaves", "spatial", (one, third, two_thirds, two)),
+        ("octaves beat the FNO-UNet: fidelity", "fd", "octaves", "spectral", (one, third, two_thirds, two)),
+        (
+            "octaves beat their enlarged samples: fidelity",
+            "fd",
+            "octaves",
+            "octaves, lanczos",
+            (third, two_thirds, two),
+        ),
         ("more coherent than the UNet", "coherence", "dual", "spatial", (third, two_thirds, two)),
         ("more faithful than the UNet", "fd", "dual", "spatial", (one, third, two_thirds, two)),
         ("more coherent than the FNO-UNet", "coherence", "dual", "spectral", (third, two_thirds, two)),
@@ -365,12 +406,14 @@ def report(output: Path, budget: Budget, results: Path) -> None:
     write_csv(results / "experiment.csv", rows)
     plot(rows, results / "experiment_curves.png", budget.largest)
     picture(load(output / "dual-0"), load(output / "spatial-0")).save(results / "experiment_samples.png")
-    steps = facts["options"]["num_inference_steps"]
+    options = facts["options"]
+    sizes, versions = ", ".join(map(str, budget.resolutions)), facts["versions"]
     setting = (
-        "By `python experiments/experiment.py train`, `evaluate` and `report`: trained at "
-        f"{', '.join(map(str, budget.resolutions))} px for {budget.steps:,} steps of {budget.batch_size}; "
-        f"{budget.images} images a size from seeds 0 to {budget.images - 1}, {steps} Heun steps in bfloat16; "
-        f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit']}."
+        f"By `python experiments/experiment.py train`, `evaluate` and `report`: trained at {sizes} px for "
+        f"{budget.steps:,} steps of {budget.batch_size} (octaves: {budget.octave_steps[0]:,} of the trunk, "
+        f"{budget.octave_steps[1]:,} of the refiner); {budget.images} images a size from seeds 0 to "
+        f"{budget.images - 1}, {options['num_inference_steps']} Heun steps; {facts['device']}, {options['dtype']}, "
+        f"torch {versions['torch']}, commit {facts['commit']}."
     )
     parts = [setting, "", *(table(rows, column, heading, budget) for column, heading in COLUMNS.items())]
     text = "\n".join([*parts, claims(rows, budget)])
@@ -383,6 +426,7 @@ def main(argv=None) -> None:
     parser.add_argument("stage", choices=["train", "evaluate", "report", "picture"])
     parser.add_argument("runs", nargs="*", help="names of runs (default: all), or two folders for `picture`")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="in training and sampling")
     parser.add_argument("--processes", type=int, default=1, help="that share an evaluation")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/experiment"))
     parser.add_argument("--results_dir", type=Path, default=ROOT / "experiments" / "results")
@@ -399,9 +443,9 @@ def main(argv=None) -> None:
         parser.error(f"no such run: {', '.join(sorted(unknown))}; there are {', '.join(runs(budget))}")
     names = args.runs or runs(budget)
     if args.stage == "train":
-        train(names, budget, args.output_dir)
+        train(names, budget, args.output_dir, args.dtype)
     elif args.stage == "evaluate":
-        evaluate(names, budget, args.output_dir, args.processes)
+        evaluate(names, budget, args.output_dir, args.dtype, args.processes)
     else:
         report(args.output_dir, budget, args.results_dir)
 

@@ -344,8 +344,10 @@ def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
 @pytest.fixture
 def tiny_budget(monkeypatch):
     tiny = {"block_out_channels": [4, 8], "fourier_modes": [[2, 3], [1, 2]], "attention_levels": []}
-    monkeypatch.setattr(experiment, "CONFIG", {**experiment.CONFIG, **tiny})
-    monkeypatch.setitem(experiment.BUDGETS, "cpu", experiment.Budget((8, 12), 2, 2, 1, 5))
+    for name in ("CONFIG", "TRUNK"):
+        monkeypatch.setattr(experiment, name, {**getattr(experiment, name), **tiny})
+    monkeypatch.setattr(experiment, "REFINER", {**experiment.REFINER, "hidden_channels": 4, "num_layers": 1})
+    monkeypatch.setitem(experiment.BUDGETS, "cpu", experiment.Budget((8, 12), 2, 2, 1, 5, (2, 2)))
     return experiment.BUDGETS["cpu"]
 
 
@@ -386,19 +388,20 @@ def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypat
     for stage, message in (("evaluate", "None of dual-0"), ("report", "no results")):
         with pytest.raises(SystemExit, match=message):
             experiment.main([stage, *options])
-    names = ["dual-0", "spatial-0", "upsampled-0", "dual-8-0"]
+    names = ["dual-0", "spatial-0", "upsampled-0", "dual-8-0", "octaves-0"]
     experiment.main(["train", *names, *options])
     capsys.readouterr()
     experiment.main(["train", *names, *options])
-    assert capsys.readouterr().out.count("is finished") == 4
+    assert capsys.readouterr().out.count("is finished") == 5
     for stage in ("evaluate", "report"):
         experiment.main([stage, *options])
     text = Path("results/experiment.md").read_text()
     assert "| 12 px, 1x | 16 px, 1.33x | 20 px, 1.66x | 24 px, 2x | 36 px, 3x | 48 px, 4x |" in text
+    assert "octaves beat sampling directly" in text
     assert "more coherent than the UNet" in text and "FNO" not in text  # which was not trained
     rows = list(csv.DictReader(open("results/experiment.csv")))
     drawn = {(row["run"], row["size"]) for row in rows if row["method"] == "model"}
-    assert len(drawn) == 4 * 4 + 2 * 2 and ("dual-8-0", "24") in drawn and ("spatial-0", "48") in drawn
+    assert len(drawn) == 5 * 4 + 3 * 2 and ("dual-8-0", "24") in drawn and ("spatial-0", "48") in drawn
     assert Image.open("results/experiment_samples.png").size[0] == 6 * 130
     experiment.main(["picture", "out/dual-0", "out/spatial-0", *options])
     assert Image.open("out/samples.png").size == (6 * 130, 16 + 2 * 4 * 146)
