@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..checks import INTEGERS, real_number
+from ..checks import INTEGERS, check_tileable, real_number
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SCHEDULERS = "`EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`"
@@ -173,8 +173,7 @@ def _read_class_labels(class_labels, classes: int | None, batch_size: int) -> to
 
 def _periodic_axes(tileable: str | None, models: list) -> tuple[bool, bool]:
     """Whether (rows, columns) tile: as `tileable` says, or else the first of the models that has a setting."""
-    if tileable not in (None, "x", "y", "xy"):
-        raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
+    check_tileable(tileable)
     models = [model for model in models if model is not None]
     axes = tileable or next(filter(None, (getattr(model.config, "tileable", None) for model in models)), "")
     for model in models:
