@@ -19,7 +19,14 @@ from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 import dfu_diffusers
-from dfu_diffusers import DFUInpaintPipeline, DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionPipeline
+from dfu_diffusers import (
+    DFUInpaintPipeline,
+    DFUModel,
+    DFUPipeline,
+    DFURefiner,
+    DFUSuperResolutionPipeline,
+    EDMHeunScheduler,
+)
 from dfu_diffusers.training.options import Options
 
 pytest.importorskip("accelerate")
@@ -327,7 +334,7 @@ def test_the_notebook_runs(notebook, place, photos, two_steps, monkeypatch, own_
 def test_every_option_has_its_line_where_it_pays():
     """docs/options.md, which says so, against the signatures."""
     calls = (DFUPipeline, DFUSuperResolutionPipeline, DFUInpaintPipeline)
-    functions = [cls.__call__ for cls in calls] + [DFUModel.__init__, DFURefiner.__init__]
+    functions = [cls.__call__ for cls in calls] + [cls.__init__ for cls in (DFUModel, DFURefiner, EDMHeunScheduler)]
     names = {name for function in functions for name in inspect.signature(function).parameters}
     names |= {f"--{name}" for name in vars(Options())}
     told = set(re.findall(r"`([\w-]+)", (ROOT / "docs" / "options.md").read_text()))
