@@ -2,14 +2,14 @@
 """How fast do images come? Images a second of a DataLoader without workers, from JPEG files and from the cache.
 
     python benchmarks/bench_data.py                           # 400 portraits at 256 px, loaded at 32, 64 and 96 px
-    python benchmarks/bench_data.py --source_size 512 --sizes 96 160 --output benchmarks/results/data_cpu.csv
+    python benchmarks/bench_data.py --source_size 512 --sizes 96 160 --output benchmarks/results/data_cpu
 
 files   decoded, cropped and resized when asked for
 cached  read from the arrays that `build_cache` made, whose making is timed, too: all sizes at once
 
 Both mirror half of the images and shuffle, and end in one float32 batch on the CPU. They take turns, and the figure is
 that of the fastest turn: on a shared machine the others tell more about the neighbours. Prints a Markdown table;
---output writes the rows as CSV.
+--output writes the rows, too.
 """
 
 import argparse
@@ -58,8 +58,8 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 96])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=1, help="at least, for each turn")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--output", type=Path, help="CSV file")
+    parser.add_argument("--turns", type=int, default=3, help="of each contender; what is printed is the best")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.md")
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -75,7 +75,7 @@ def main(argv=None) -> list[dict]:
         rows = []
         for size in args.sizes:
             best = dict.fromkeys(contenders, 0.0)
-            for _ in range(args.repeats):
+            for _ in range(args.turns):
                 for name, dataset in contenders.items():
                     speed = images_per_second(dataset, size, args.batch_size, args.seconds)
                     best[name] = max(best[name], speed)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """What does the training script cost beside the step that it runs? And does loading keep up with the model?
 
-python benchmarks/bench_train.py [--sizes 32 64 96] [--batch_size 32] [--steps 12] [--output train.csv]
+python benchmarks/bench_train.py [--sizes 32 64 96] [--batch_size 32] [--steps 12] [--output OUTPUT]
 
 For each size: images per second of examples/train_dfu.py's own step (data, noise, averages, logs and all) and of a
 bare one (forward, backward, Adam, on the same images again and again), which take turns, and of the loader alone.
-Options unknown here go to train_dfu.py. Prints a Markdown table; --output writes the rows as CSV. Rates are medians,
+Options unknown here go to train_dfu.py. Prints a Markdown table; --output writes the rows, too. Rates are medians,
 the ratio the median over pairs of steps.
 
 python benchmarks/bench_train.py --freed_memory ffhq-96:64:4 portraits:64:32 [--turns 3]
@@ -117,7 +117,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 96])
     parser.add_argument("--batch_size", type=int, default=32, help="the default of train_dfu.py")
     parser.add_argument("--steps", type=int, default=12, help="pairs of steps; the first two do not count")
-    parser.add_argument("--output", type=Path, help="CSV file")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.md")
     parser.add_argument("--freed_memory", nargs="+", metavar="PRESET:SIZE:BATCH", help="measure only this")
     parser.add_argument("--turns", type=int, default=3, help="with --freed_memory")
     args, options = parser.parse_known_args(argv)  # the others go to train_dfu.py

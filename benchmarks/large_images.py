@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from dfu_diffusers import DFUPipeline
+from dfu_diffusers.command_line import DTYPES
 from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.pipelines.dfu import STRATEGIES
 from measure import ROOT
@@ -25,7 +26,7 @@ from measure import ROOT
 
 def draw(size: int, args) -> dict:
     """In this process: one picture, its seconds and the process's peak."""
-    pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype])
     start = time.perf_counter()
     options = dict(strategy=args.strategy, generator=torch.Generator().manual_seed(0))
     image = pipe(height=size, width=size, num_inference_steps=args.num_inference_steps, **options).images[0]
@@ -50,10 +51,10 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--num_inference_steps", type=int, default=18)
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    parser.add_argument("--output", type=Path, help="without suffix")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.csv, OUTPUT.md and the pictures")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parse(parser, argv)
     args.device = "cpu"

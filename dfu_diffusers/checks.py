@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What counts as a number: one rule for all numeric arguments."""
+"""Checks of arguments that networks, schedulers and pipelines share."""
 
 import numbers
 
@@ -18,3 +18,8 @@ def real_number(value) -> int | float | None:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     return value if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
+def check_tileable(tileable: str | None) -> None:
+    if tileable not in (None, "x", "y", "xy"):
+        raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")

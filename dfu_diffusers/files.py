@@ -2,6 +2,7 @@
 """Atomic writing of files, and digests of contents."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -31,3 +32,8 @@ def flush_to_disk(path: Path) -> None:
 def digest(*parts: bytes) -> str:
     """SHA-256 of these bytes, in this order, cut to twenty hexadecimal digits."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:20]
+
+
+def digest_of(*values) -> str:
+    """The digest of strings, numbers and lists of them."""
+    return digest(json.dumps(values).encode())

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, hub
-from dfu_diffusers.command_line import count, device_name, git_commit, natural, resolution
+from dfu_diffusers.command_line import DTYPES, count, device_name, git_commit, natural, resolution
 from dfu_diffusers.data.dataset import ImageDataset
 from dfu_diffusers.data.folders import load_table
 from dfu_diffusers.data.resolutions import Size, format_resolution
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_inference_steps", type=count, default=18)
     add("--octave_steps", type=count, help="of the refiner, in each doubling of the size (default: the pipeline's)")
     add("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct; see docs/zero_shot.md")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models, in sampling")
+    add("--dtype", choices=DTYPES, default="float32", help="of the models, in sampling")
     add("--batch_size", type=count, default=32, help="images at once in each process")
 
     references = parser.add_argument_group("references (default: held-out procedural portraits)")
@@ -205,7 +205,7 @@ class Evaluation:
 
     def _collect_model(self, model: str, label: str) -> list[Row]:
         args, seed = self.args, self.args.seed
-        pipe = DFUPipeline.from_pretrained(model, torch_dtype=getattr(torch, args.dtype)).to(self.accelerator.device)
+        pipe = DFUPipeline.from_pretrained(model, torch_dtype=DTYPES[args.dtype]).to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
         source = ModelSource(pipe, num_inference_steps=args.num_inference_steps, **ways_to_sample(args))
         folder = args.output_dir / "samples" / label.replace("/", "--")

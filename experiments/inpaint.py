@@ -47,9 +47,9 @@ def main(argv=None) -> dict[str, float]:
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--count", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--num_inference_steps", type=int, default=18)
     parser.add_argument("--churn", type=float, nargs="+", default=[0, 20], help="`s_churn` of EDMHeunScheduler")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "inpaint", help="without suffix")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "inpaint", help="write OUTPUT.png")
     args = parser.parse_args(argv)
     pipe = DFUInpaintPipeline.from_pretrained(args.model)
     truth, holes = portraits(args.count, args.size), masks(args.count, args.size)
@@ -60,7 +60,7 @@ def main(argv=None) -> dict[str, float]:
         images = pipe(
             [Image.fromarray(pixels) for pixels in truth],
             [Image.fromarray(hole) for hole in holes],
-            num_inference_steps=args.steps,
+            num_inference_steps=args.num_inference_steps,
             generator=[torch.Generator().manual_seed(i) for i in range(args.count)],
             seamless=seamless,
         ).images

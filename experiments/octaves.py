@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.command_line import count, natural, resolution
+from dfu_diffusers.command_line import DTYPES, count, natural, resolution
 from dfu_diffusers.data.resolutions import Size, format_resolution
 from dfu_diffusers.evaluation.collections import Collection, Features
 from dfu_diffusers.evaluation.extractors import load_extractor
@@ -82,7 +82,7 @@ class Comparison:
         self.features.check_count(args.count, METRICS)
 
     def load(self, folder) -> DFUPipeline:
-        pipe = DFUPipeline.from_pretrained(folder, torch_dtype=getattr(torch, self.args.dtype))
+        pipe = DFUPipeline.from_pretrained(folder, torch_dtype=DTYPES[self.args.dtype])
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.accelerator.device)
 
@@ -154,9 +154,9 @@ def main(argv=None) -> list[dict]:
     add("--count", type=count, default=100, help="pictures of each row (default: %(default)s)")
     add("--seeds", nargs="+", type=natural, default=[0], help="of the first picture: a set of rows for each")
     add("--shown", type=count, default=2, help="pictures of each row in octaves.png (default: %(default)s)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
+    add("--dtype", choices=DTYPES, default="float32", help="of the models")
     add("--batch_size", type=count, default=4)
-    add("--threads", type=count, default=1, help="of the CPU (default: %(default)s)")
+    add("--threads", type=count, help="of the CPU (default: torch's own choice)")
     add("--output_dir", type=Path, default=Path("outputs/octaves"))
     args = parse(parser, argv)
     try:

@@ -113,7 +113,7 @@ def main(argv=None) -> list[dict]:
     add("--image_dir", type=Path, help="enlarge the pictures of this folder rather than portraits")
     add("--extractor", default="portrait", help='of features: "efficientnet" for photographs')
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    add("--output", type=Path, default=ROOT / "outputs" / "super_resolution", help="without suffix")
+    add("--output", type=Path, default=ROOT / "outputs" / "super_resolution", help="write OUTPUT.csv, .md and .png")
     args = parse(parser, argv)
     args.device = "cpu"
     pipe = DFUSuperResolutionPipeline.from_pretrained(args.model)

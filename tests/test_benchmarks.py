@@ -331,8 +331,8 @@ def test_jumps_at_the_edge_of_a_mask(tmp_path, capsys):
     images[..., 3:, :], holes[..., 3:] = 30, True
     assert inpaint.edge_jump(images, holes) == 30 and inpaint.edge_jump(0 * images, holes) == 0
     DFUPipeline(small_unet(), EDMHeunScheduler()).save_pretrained(tmp_path / "model")
-    options = ["--model", str(tmp_path / "model"), "--size", "16", "--count", "3", "--steps", "2", "--churn", "0", "5"]
-    jumps = inpaint.main([*options, "--output", str(tmp_path / "sheet")])
+    options = ["--model", str(tmp_path / "model"), "--size", "16", "--count", "3", "--churn", "0", "5"]
+    jumps = inpaint.main([*options, "--num_inference_steps", "2", "--output", str(tmp_path / "sheet")])
     ways = [f"{how}, s_churn {churn}" for how in ("replaced", "seamless") for churn in (0, 5)]
     assert list(jumps) == ["truth", *ways] and (tmp_path / "sheet.png").is_file()
     assert "| seamless, s_churn 5 |" in capsys.readouterr().out

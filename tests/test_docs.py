@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -18,7 +19,15 @@ from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 import dfu_diffusers
-from dfu_diffusers import DFUModel
+from dfu_diffusers import (
+    DFUInpaintPipeline,
+    DFUModel,
+    DFUPipeline,
+    DFURefiner,
+    DFUSuperResolutionPipeline,
+    EDMHeunScheduler,
+)
+from dfu_diffusers.training.options import Options
 
 pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState  # noqa: E402
@@ -317,3 +326,17 @@ def test_the_notebook_runs(notebook, place, photos, two_steps, monkeypatch, own_
     sheet = namespace["sheet"]
     assert sheet.size[0] > 16 and np.asarray(sheet).std() > 1
     assert Path("outputs/notebook.zip").stat().st_size > 1000
+
+
+# --- Options ---
+
+
+def test_every_option_has_its_line_where_it_pays():
+    """docs/options.md, which says so, against the signatures."""
+    calls = (DFUPipeline, DFUSuperResolutionPipeline, DFUInpaintPipeline)
+    functions = [cls.__call__ for cls in calls] + [cls.__init__ for cls in (DFUModel, DFURefiner, EDMHeunScheduler)]
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    names |= {f"--{name}" for name in vars(Options())}
+    told = set(re.findall(r"`([\w-]+)", (ROOT / "docs" / "options.md").read_text()))
+    assert names - {"self", "retired"} <= told
+    assert {name for name in told if name.startswith("--")} <= names

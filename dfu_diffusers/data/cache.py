@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from ..files import digest_of
 from .dataset import ImageDataset, _for_each, _named, _warn_left_out
-from .folders import _digest
 from .images import CHANNELS, UnusableImage, _fit, read_image
 
 
@@ -72,7 +72,7 @@ def build_cache(
     Raises:
         OSError: the disk has too little room, or cannot be written to.
     """
-    folder = Path(cache_dir) / _digest(dataset.fingerprint, dataset.mode, "lanczos")
+    folder = Path(cache_dir) / digest_of(dataset.fingerprint, dataset.mode, "lanczos")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         missing = [size for size in dict.fromkeys(map(tuple, resolutions)) if not _array_path(folder, size).exists()]

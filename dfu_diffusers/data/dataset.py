@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .folders import _check_column, _digest, _undecoded
+from ..files import digest_of
+from .folders import _check_column, _undecoded
 from .images import (
     SmallImages,
     UnusableImage,
@@ -113,11 +114,11 @@ class ImageDataset(Dataset):
         for start in range(0, len(self.records), BLOCK):
             for record in self.records[start : start + BLOCK][self.image_column]:
                 if not record or record["bytes"] is not None or record["path"] is None or "://" in record["path"]:
-                    return _digest(self.source._fingerprint)
+                    return digest_of(self.source._fingerprint)
                 paths.append(record["path"])
         root = os.path.commonpath([os.path.dirname(path) for path in paths])
         sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
-        return _digest([Path(os.path.relpath(path, root)).as_posix() for path in paths], sizes)
+        return digest_of([Path(os.path.relpath(path, root)).as_posix() for path in paths], sizes)
 
     def split(self, count: int, seed: int = 0) -> tuple["ImageDataset", "ImageDataset"]:
         """Two data sets: all but `count` images, and `count` random ones, which are cropped around the centre and

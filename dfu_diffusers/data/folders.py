@@ -1,8 +1,6 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Tables of images with `datasets`: from a folder, a zip or the Hub."""
 
-import hashlib
-import json
 import logging
 import lzma
 import os
@@ -16,6 +14,7 @@ from filelock import FileLock
 from PIL import Image
 
 from ..decode import FORMATS
+from ..files import digest_of
 from .images import _listed, _reason
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def load_table(
     datasets = _require_datasets()
     try:
         table = datasets.load_dataset(
-            dataset_name, dataset_config, split=split, streaming=streaming, cache_dir=_text(cache_dir)
+            dataset_name, dataset_config, split=split, streaming=streaming, cache_dir=cache_dir and str(cache_dir)
         )
         if streaming:
             table = table._resolve_features()
@@ -204,10 +203,6 @@ def _require_datasets():
     return datasets
 
 
-def _text(path) -> str | None:
-    return None if path is None else str(path)
-
-
 def _image_folder(path: Path, cache_dir) -> Path:
     """The folder itself, or the folder to which a zip is unpacked."""
     if path.is_file() and zipfile.is_zipfile(path):
@@ -220,7 +215,7 @@ def _image_folder(path: Path, cache_dir) -> Path:
 def _unzip(path: Path, folder: Path) -> Path:
     """Unpack into a folder with the zip's name, once for each version of the zip."""
     stat = path.stat()
-    target = folder / _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns) / path.stem
+    target = folder / digest_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns) / path.stem
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target.parent}.lock"):
         partial = Path(f"{target.parent}.partial")
@@ -248,11 +243,6 @@ def _check_unpacked_size(archive: zipfile.ZipFile, packed: int, free: int) -> No
         )
     if total > free:
         raise ValueError(f"it unpacks to {total:,} bytes, but only {free:,} are free: make room")
-
-
-def _digest(*values) -> str:
-    """A short name for a list of strings and numbers."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]
 
 
 def _undecoded(table, column: str):

@@ -1,3 +1,4 @@
+# Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
 """Procedural portraits: endless, licence-free cartoon faces that exist at every resolution.
 
 A portrait is a function on the unit square, x to the right and y down, described by the numbers named in

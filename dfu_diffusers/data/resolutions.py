@@ -77,8 +77,6 @@ class MixedResolutionBatchSampler(Sampler):
         upsample_resolutions: larger sizes, trained on images loaded at the same aspect ratio with about as many pixels
             as the largest of `resolutions` and enlarged by the trainer (section 4 of arXiv 2401.06144).
         upsample_weight: probability, in [0, 1), that a step uses one of these, each equally often.
-        warmup_steps: over these first steps the sizes are added one after another, smallest first; upsampled ones are
-            added at the end.
         max_pixels: limit for images x height x width of a micro-batch; None for no limit.
         num_steps, first_step: steps first_step .. num_steps - 1 are yielded.
         seed: of orders and resolutions.
@@ -102,7 +100,6 @@ class MixedResolutionBatchSampler(Sampler):
         weights: Sequence[float] | None = None,
         upsample_resolutions: Sequence[Size] = (),
         upsample_weight: float = 0.0,
-        warmup_steps: int = 0,
         max_pixels: int | None = None,
         num_steps: int = 1000,
         first_step: int = 0,
@@ -136,8 +133,8 @@ class MixedResolutionBatchSampler(Sampler):
         self.resolutions, self.upsample_resolutions = list(resolutions), list(upsample_resolutions)
         real = (1 - upsample_weight) * weights / weights.sum()
         upsampled = [upsample_weight / len(upsample_resolutions) for _ in upsample_resolutions]
-        self.sizes, self.probabilities = self.resolutions + self.upsample_resolutions, np.append(real, upsampled)
-        self.warmup_steps, self.source_resolution = warmup_steps, source_resolution
+        self.sizes, probabilities = self.resolutions + self.upsample_resolutions, np.append(real, upsampled)
+        self.probabilities, self.source_resolution = probabilities / probabilities.sum(), source_resolution
         self._epoch, self._order = None, None
 
     def __len__(self) -> int:
@@ -150,32 +147,15 @@ class MixedResolutionBatchSampler(Sampler):
 
     def resolution(self, step: int) -> Size:
         """Training size (height, width) of a step, the same for all processes."""
-        draw = np.random.default_rng((self.seed, 1, step)).choice(len(self.sizes), p=self._shares(step))
+        draw = np.random.default_rng((self.seed, 1, step)).choice(len(self.sizes), p=self.probabilities)
         return self.sizes[draw]
 
     def expected_steps(self) -> dict[Size, float]:
         """Mean number of steps at each resolution that can be drawn."""
-        joins = self.warmup_steps * np.arange(len(self._by_size) + 1) / max(1, len(self._by_size))
-        edges = np.clip([*np.ceil(joins), math.inf], self.first_step, self.num_steps).astype(int)
-        shares = sum(count * self._shares(step) for step, count in zip(edges, np.diff(edges)))
         expected = Counter()
-        for size, share in zip(self.sizes, shares.tolist()):
-            expected[size] += share
+        for size, share in zip(self.sizes, self.probabilities.tolist()):
+            expected[size] += share * (self.num_steps - self.first_step)
         return +expected
-
-    def _shares(self, step: int) -> np.ndarray:
-        """The probability of each of `sizes` at a step."""
-        probabilities = self.probabilities
-        if step < self.warmup_steps:
-            joined = self._by_size[: 1 + len(self._by_size) * step // self.warmup_steps]
-            probabilities = np.where(np.isin(range(len(self.sizes)), joined), probabilities, 0)
-        return probabilities / probabilities.sum()
-
-    @property
-    def _by_size(self) -> list[int]:
-        """Indices of the resolutions that can be drawn, smallest first."""
-        drawn = [i for i in range(len(self.resolutions)) if self.probabilities[i] > 0]
-        return sorted(drawn, key=lambda i: math.prod(self.sizes[i]))
 
     def micro_batch_sizes(self, size: Size) -> list[int]:
         """Number of images in each micro-batch of this process: as few batches as `max_pixels` allows, of nearly equal

@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from ..checks import INTEGERS
+from ..checks import INTEGERS, check_tileable
 from .layers import NEAR_ZERO, DFUBlock, DualConv2d, _check_conv_type, _group_norm, _init_linear, _norm_silu
 from .loading import SafetensorsMixin
 from .lora import LoRAMixin
@@ -289,8 +289,7 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
 
     def _periodic_axes(self, tileable: str | None) -> tuple[bool, bool]:
         """Whether rows and columns are periodic, from the names of the axes."""
-        if tileable not in (None, "x", "y", "xy"):
-            raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
+        check_tileable(tileable)
         periodic = tuple(axis in (tileable or "") for axis in "yx")
         boundary = _parse_boundary(self.config.spectral_boundary)
         if any(joined and kind == "mirror" for joined, kind in zip(periodic, boundary)):

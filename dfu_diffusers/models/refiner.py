@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..checks import check_tileable
 from .loading import SafetensorsMixin
 from .lora import LoRAMixin
 
@@ -124,7 +125,7 @@ class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
             value = config[name]
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a positive number, but got {value!r}.")
-        _check_tileable(config.tileable)
+        check_tileable(config.tileable)
 
     @property
     def reach(self) -> int:
@@ -208,7 +209,7 @@ class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
             raise ValueError(f"`timestep` is ln(sigma) / 4, a float, but got an integer tensor, {timestep.dtype}.")
         if not torch.is_tensor(coarse_noise) and not 0 < coarse_noise < math.inf:
             raise ValueError(f"`coarse_noise` must be positive, but got {coarse_noise!r}: 0.01 for a clean picture.")
-        _check_tileable(tileable)
+        check_tileable(tileable)
 
 
 def _wrap(x: torch.Tensor, margin: int, dim: int) -> torch.Tensor:
@@ -231,11 +232,6 @@ def _crop(x: torch.Tensor, start: int, length: int, dim: int) -> torch.Tensor:
     if isinstance(length, torch.SymInt):  # `torch.export` cannot prove that a slice fits
         return x.index_select(dim, start + torch.arange(length, device=x.device))
     return x.narrow(dim, start, length)
-
-
-def _check_tileable(tileable) -> None:
-    if tileable not in (None, "x", "y", "xy"):
-        raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
 
 
 def _convolution(in_channels: int, out_channels: int, scale: float = 1.0) -> nn.Conv2d:

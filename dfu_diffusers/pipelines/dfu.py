@@ -16,27 +16,28 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..checks import INTEGERS
 from ..models.modes import average_pixels, beyond, from_modes, octave_sizes, resize_modes, share_beyond, to_modes
 from .base import DFUPipelineBase
-from .checks import _check_count, _check_positive, _check_scheduler
+from .checks import (
+    _check_channels,
+    _check_coarse_size,
+    _check_count,
+    _check_generator,
+    _check_guide,
+    _check_latents,
+    _check_output_type,
+    _check_positive,
+    _check_retired,
+    _check_scheduler,
+    _periodic_axes,
+    _read_class_labels,
+)
 from .noise import fourier_resample, growing_sizes, nested_noise, resize_bicubic
 from .octaves import COARSE_NOISE, MAX_PIXELS, NestedNoise, coefficients_of, octave_scheduler, refine_in_strips
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRATEGIES = ("octaves", "direct", "cascade")
 CASCADE_SIGMA = 0.25  # the cascade adds noise of this level to enlarged images; the schedule's nearest level is taken
 CASCADE_HOLD = 0.25  # share of the small image's frequencies, on each axis, that each cascade stage keeps fixed
-RETIRED = {
-    "nested_noise": "noise is always nested now; pass other noise as `latents`",
-    "noise_shift": "it gained nothing at any size; load the pipeline with a `refiner` for sizes beyond training",
-    "fixed_levels": "load the pipeline with a `refiner` for sizes beyond training",
-    "spectral_gain": "load the pipeline with a `refiner` for sizes beyond training",
-    "cascade_sigma": f"it is {CASCADE_SIGMA} now",
-    "cascade_hold": f"it is {CASCADE_HOLD} now",
-    "tile_size": "large pictures are sampled in strips; see `enable_tiling`",
-    "tile_overlap": "large pictures are sampled in strips; see `enable_tiling`",
-}
 
 
 @dataclass
@@ -70,7 +71,7 @@ class DFUPipeline(DFUPipelineBase):
         guide: a weaker model of the same images, such as an earlier snapshot of `unet` or a smaller network trained
             for less time. `guidance_scale` then moves away from its errors (autoguidance, arXiv 2406.02507).
         refiner: a `DFURefiner`, which adds detail to the picture that `unet` draws on its own grid (`sample_size`).
-            With it one seed is one picture at every size. Its sampler has `sigma_min` and `rho` of `scheduler`.
+            With it one seed is one picture at every size. It has a sampler of its own, see `octave_steps`.
 
     Raises:
         ValueError: no unet.
@@ -159,7 +160,8 @@ class DFUPipeline(DFUPipelineBase):
             batch_size: number of images.
             height, width: size in pixels, at least 1 each; by default the `sample_size` of the refiner, or of `unet`.
             num_inference_steps: steps of `unet`; a Heun step takes two network calls, the last step only one.
-            octave_steps: network calls of the refiner in each octave. With 1 the detail is a mean, and looks blurred.
+            octave_steps: network calls of the refiner in each octave; its sampler is always DPM-Solver++(2M). With 1
+                the detail is a mean, and looks blurred.
             class_labels: class of each image, or one for all, if the model is class-conditional.
             guidance_scale: weight w in D_weak + w (D - D_weak), a combination of denoised images; 1 switches it off.
                 D_weak comes from `guide` if the pipeline has one. Otherwise it is `unet`'s for "no class", the last
@@ -207,7 +209,7 @@ class DFUPipeline(DFUPipelineBase):
             guidance_scale=guidance_scale,
             tileable=tileable,
         )
-        self._check_latents(latents, (run.batch_size, *self._noise_size((height, width), strategy)))
+        _check_latents(latents, (run.batch_size, *self._noise_size((height, width), strategy)))
 
         # 2. Sample, in float32 throughout: at sigma 80 half precision would swallow the image
         sample_at = {"octaves": self._sample_octaves, "direct": self._sample_direct, "cascade": self._sample_cascade}
@@ -220,7 +222,7 @@ class DFUPipeline(DFUPipelineBase):
 
     # --- Strategies ---
 
-    def _sample_direct(self, run: "Run", size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
+    def _sample_direct(self, run: Run, size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
         """The sample (batch, channels, height, width) of `unet` at the full size."""
         scheduler = self._scheduler_of(run.num_inference_steps)
         noise = run.draw_noise((run.batch_size, self._channels, *size)) if latents is None else latents
@@ -228,7 +230,7 @@ class DFUPipeline(DFUPipelineBase):
         with self._progress(run, len(scheduler.timesteps)):
             return self._denoise(run, noise * scheduler.init_noise_sigma, scheduler, run.predict)
 
-    def _sample_octaves(self, run: "Run", size, latents: torch.Tensor | None, replace=None) -> torch.Tensor:
+    def _sample_octaves(self, run: Run, size, latents: torch.Tensor | None, replace=None) -> torch.Tensor:
         """The sample of `unet` on its grid, with the detail that the refiner adds.
 
         `replace` maps denoised images of the full size, (batch, channels, height, width), to others. Images on coarser
@@ -262,7 +264,7 @@ class DFUPipeline(DFUPipelineBase):
             picture = self._refine(run, picture, octaves, noise, normals, project=project)
         return average_pixels(picture, run.periodic)
 
-    def _sample_cascade(self, run: "Run", size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
+    def _sample_cascade(self, run: Run, size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
         """The sample of `unet` at a small size, enlarged, noised and denoised again and again."""
         small = self._small_size(*size)
         if latents is None:
@@ -280,23 +282,37 @@ class DFUPipeline(DFUPipelineBase):
                 sample = self._enlarge(run, sample, stage, begin)
         return sample
 
-    def _enlarge(self, run: "Run", images: torch.Tensor, size: tuple[int, int], begin: int) -> torch.Tensor:
-        """The images enlarged to `size`, with noise of the level of network call `begin`, denoised from there with
-        their lowest frequencies kept fixed."""
-        scheduler = self._scheduler_of(run.num_inference_steps)
-        scheduler.set_begin_index(begin)
+    def _enlarge(self, run: Run, images: torch.Tensor, size: tuple[int, int], begin: int) -> torch.Tensor:
+        """The images enlarged to `size`, noised and denoised with their lowest frequencies kept fixed."""
         large = resize_bicubic(images, size, run.periodic)
         held = tuple(max(1, round(CASCADE_HOLD * side)) for side in images.shape[-2:])
 
         def hold(denoised):
             return denoised + fourier_resample(fourier_resample(large - denoised, held), size)
 
-        noisy = scheduler.add_noise(large, run.draw_noise(large.shape), scheduler.timesteps[begin : begin + 1])
-        return self._denoise(run, noisy, scheduler, run.predict, hold, begin)
+        return self._noise_and_denoise(run, large, begin, hold)
+
+    def _noise_and_denoise(
+        self, run: Run, images: torch.Tensor, begin: int, project: Callable | None = None, noise=None
+    ) -> torch.Tensor:
+        """The images with noise of the level of network call `begin`, denoised by `unet` from there. `noise` is unit
+        normal; None to draw it."""
+        scheduler = self._scheduler_of(run.num_inference_steps)
+        scheduler.set_begin_index(begin)
+        noise = run.draw_noise(tuple(images.shape)) if noise is None else noise
+        noisy = scheduler.add_noise(images, noise.to(images), scheduler.timesteps[begin : begin + 1])
+        return self._denoise(run, noisy, scheduler, run.predict, project, begin)
+
+    def _sample_from_middle(self, run: Run, images, noise, strength: float, project: Callable | None) -> torch.Tensor:
+        """The images noised and denoised by the last share `strength` of the steps of `unet`, at least one."""
+        steps, order = run.num_inference_steps, self.scheduler.order  # Heun has two network calls to a step
+        begin = order * (steps - max(1, round(strength * steps)))
+        with self._progress(run, len(self._scheduler_of(steps).timesteps) - begin):
+            return self._noise_and_denoise(run, images, begin, project, noise)
 
     def _refine(
         self,
-        run: "Run",
+        run: Run,
         picture: torch.Tensor,
         octaves: list[tuple[int, int]],
         noise: NestedNoise,
@@ -374,7 +390,7 @@ class DFUPipeline(DFUPipelineBase):
         callback_on_step_end_tensor_inputs,
         max_batch_size,
         tileable=None,
-    ) -> "Run":
+    ) -> Run:
         """Check the arguments that all pipelines of this package share, and collect them in a `Run`."""
         batch_size = _check_count("batch_size", batch_size)
         num_inference_steps = _check_count("num_inference_steps", num_inference_steps)
@@ -384,7 +400,7 @@ class DFUPipeline(DFUPipelineBase):
         self.check_inputs(batch_size, generator, output_type, callback_inputs)
         class_labels = self._class_labels(class_labels, batch_size)
         guidance_scale = self._check_guidance(guidance_scale)
-        periodic = self._periodic_axes(tileable)
+        periodic = _periodic_axes(tileable, [self.unet, self.guide, self.refiner])
         tileable = "".join(axis for axis, joined in zip("xy", reversed(periodic)) if joined) or None
         self._guidance_scale, self._interrupt = guidance_scale, False
         return Run(
@@ -402,7 +418,7 @@ class DFUPipeline(DFUPipelineBase):
         )
 
     @contextlib.contextmanager
-    def _progress(self, run: "Run", calls: int):
+    def _progress(self, run: Run, calls: int):
         """One progress bar for all network calls of a run."""
         self._num_timesteps, run.calls = calls, 0
         with self.progress_bar(total=calls) as run.bar:
@@ -424,7 +440,7 @@ class DFUPipeline(DFUPipelineBase):
                 "weights are damaged, or float16 overflows: load the model again, in bfloat16 or float32."
             )
 
-    def _refiner_calls(self, run: "Run", octaves: list[tuple[int, int]]) -> int:
+    def _refiner_calls(self, run: Run, octaves: list[tuple[int, int]]) -> int:
         grown = sum(share_beyond(size, coarse, run.periodic) > 0 for coarse, size in zip(octaves, octaves[1:]))
         return grown * run.octave_steps
 
@@ -437,7 +453,7 @@ class DFUPipeline(DFUPipelineBase):
 
     def _denoise(
         self,
-        run: "Run",
+        run: Run,
         latents: torch.Tensor,
         scheduler,
         predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -473,7 +489,7 @@ class DFUPipeline(DFUPipelineBase):
         self._check_finite(sums, f"`{network}` at {height}x{width}", scheduler, begin)
         return latents
 
-    def _call_back(self, run: "Run", timestep, latents: torch.Tensor) -> torch.Tensor:
+    def _call_back(self, run: Run, timestep, latents: torch.Tensor) -> torch.Tensor:
         """The latents that the user's callback leaves."""
         changed = run.callback(self, run.calls, timestep, dict.fromkeys(run.callback_inputs, latents))
         if self.do_classifier_free_guidance:  # it may have been switched on
@@ -560,121 +576,43 @@ class DFUPipeline(DFUPipelineBase):
         if strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, or None for the best, but got {strategy!r}.")
         if strategy == "octaves":
-            self._check_refiner()
-        return strategy
-
-    def _check_refiner(self) -> None:
-        """Raise a ValueError unless there is a refiner, trained on coarse pictures as small as those of `unet`."""
-        if self.refiner is None:
-            raise ValueError(
-                "strategy='octaves' needs a refiner: load the pipeline with `refiner=DFURefiner.from_pretrained(...)`."
-            )
-        base, least = self._sample_size("A refiner"), self.refiner.config.coarse_size
-        if min(base) < least:
-            raise ValueError(
-                f"`refiner` adds detail to pictures of at least {least} pixels a side, but `unet` draws {base[0]}x"
-                f"{base[1]} (`sample_size`): load the pipeline with another refiner, or use strategy='direct'."
-            )
-
-    def _periodic_axes(self, tileable: str | None) -> tuple[bool, bool]:
-        """Whether (rows, columns) tile."""
-        if tileable not in (None, "x", "y", "xy"):
-            raise ValueError(f"`tileable` must be 'x', 'y', 'xy' or None, but got {tileable!r}.")
-        models = [model for model in (self.unet, self.guide, self.refiner) if model is not None]
-        axes = tileable or next(filter(None, (getattr(model.config, "tileable", None) for model in models)), "")
-        for model in models:
-            if axes and "tileable" not in inspect.signature(model.forward).parameters:
+            if self.refiner is None:
                 raise ValueError(
-                    f"`tileable={axes!r}` needs models that take it, but got a {type(model).__name__}: leave it out."
+                    "strategy='octaves' needs a refiner: load the pipeline with `refiner=DFURefiner.from_pretrained"
+                    "(...)`."
                 )
-        return "y" in axes, "x" in axes
+            _check_coarse_size(self.refiner, *self._sample_size("A refiner"))
+        return strategy
 
     def check_inputs(self, batch_size: int, generator, output_type, callback_inputs) -> None:
         """Raise a ValueError or TypeError that names the argument, the value given and the values allowed."""
         _check_scheduler(self.scheduler)
-        channels, out_channels = self._channels, self._config_of_unet("out_channels")
-        if out_channels not in (None, channels):
-            raise ValueError(
-                f"The model must make as many channels as it takes, but it has `in_channels` {channels} and "
-                f"`out_channels` {out_channels}: load another one."
-            )
-        if self.refiner is not None and self.refiner.config.in_channels != channels:
-            raise ValueError(
-                f"`refiner` must take the images of `unet`, of {channels} channels, but it takes "
-                f"{self.refiner.config.in_channels}: load the pipeline with another refiner."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but got {output_type!r}.")
-        if output_type == "pil" and channels not in (1, 3, 4):
-            raise ValueError(
-                f"`output_type='pil'` needs 1, 3 or 4 channels, but this model makes {channels}: use 'np' or 'pt'."
-            )
-
-        generators = generator if isinstance(generator, list) else [generator]
-        if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
-            raise TypeError(
-                f"`generator` must be a torch.Generator or a list of one per image, but got {generator!r}."
-            )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` must be one generator, or a list with one for each of the {batch_size} images "
-                f"(`batch_size`), but got a list of {len(generator)}."
-            )
-
+        _check_channels(self._channels, self._config_of_unet("out_channels"), self.refiner)
+        _check_output_type(output_type, self._channels)
+        _check_generator(generator, batch_size)
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, but got {unknown}."
             )
 
-    def _check_latents(self, latents, expected: tuple[int, int, int, int]) -> None:
-        if latents is not None and not (torch.is_tensor(latents) and latents.is_floating_point()):
-            got = latents.dtype if torch.is_tensor(latents) else type(latents).__name__
-            raise TypeError(f"`latents` must be a floating point tensor of unit normal noise, but got {got}.")
-        if latents is not None and latents.shape != expected:
-            raise ValueError(
-                f"`latents` must have shape (batch_size, channels, height, width) = {expected}, but got "
-                f"{tuple(latents.shape)}: pass the matching `batch_size`, `height` and `width`."
-            )
-
     def _check_guidance(self, guidance_scale) -> float:
         guidance_scale = _check_positive("guidance_scale", guidance_scale)
-        if guidance_scale != 1 and self.guide is None and self._config_of_unet("num_class_embeds") is None:
+        if guidance_scale == 1:
+            return guidance_scale
+        if self.guide is not None:
+            _check_guide(self.unet, self.guide)
+        elif self._config_of_unet("num_class_embeds") is None:
             raise ValueError(
                 f"`guidance_scale` {guidance_scale} needs a class-conditional model, or a weaker one beside this: "
                 "load the pipeline with `guide=`, or leave `guidance_scale` at 1."
             )
-        if guidance_scale != 1 and self.guide is not None:
-            names = ("in_channels", "out_channels", "num_class_embeds")
-            own, weak = ([getattr(each.config, name, None) or 0 for name in names] for each in (self.unet, self.guide))
-            if own[:2] != weak[:2] or own[2] > weak[2] or (own[2] == 0) != (weak[2] == 0):
-                raise ValueError(
-                    f"`guide` must take the images and class labels of `unet`, {dict(zip(names, own))}, but it has "
-                    f"{dict(zip(names, weak))}: load the pipeline with another, or leave `guidance_scale` at 1."
-                )
         return guidance_scale
 
     def _class_labels(self, class_labels, batch_size: int) -> torch.Tensor | None:
         """Checked labels (batch_size,) on the execution device; None for an unconditional model."""
-        classes = self._config_of_unet("num_class_embeds")
-        if classes is None and class_labels is None:
-            return None
-        if classes is None:
-            raise ValueError(f"This model is unconditional, but got `class_labels` {class_labels!r}: leave them out.")
-        allowed = f"one integer in [0, {classes}), or one for each of the {batch_size} images"
-        if class_labels is None:
-            raise ValueError(f"This model is class-conditional: `class_labels` must be {allowed}.")
-        try:
-            labels = torch.as_tensor(class_labels)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"`class_labels` must be {allowed}, but got {class_labels!r}.") from error
-        if labels.dtype not in INTEGERS:
-            raise TypeError(f"`class_labels` must be {allowed}, but got {class_labels!r}.")
-        if labels.ndim == 0:
-            labels = labels.expand(batch_size)
-        if labels.shape != (batch_size,) or labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"`class_labels` must be {allowed}, but got {class_labels!r}.")
-        return labels.to(self._execution_device, torch.long)
+        labels = _read_class_labels(class_labels, self._config_of_unet("num_class_embeds"), batch_size)
+        return None if labels is None else labels.to(self._execution_device)
 
 
 def _pair(size) -> tuple:
@@ -687,10 +625,3 @@ def _projected(scheduler, output: torch.Tensor, latents: torch.Tensor, project: 
     denoised = scheduler.precondition_outputs(latents, output, sigma)
     c_out = scheduler.precondition_outputs(0.0, 1.0, sigma)
     return output + (project(denoised) - denoised) / c_out
-
-
-def _check_retired(arguments: dict) -> None:
-    for name in arguments:
-        if name in RETIRED:
-            raise TypeError(f"`{name}` was retired: {RETIRED[name]} (see CHANGELOG.md).")
-        raise TypeError(f"The pipeline has no argument `{name}`.")

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Reading given images, and starting the schedule in the middle."""
+"""Reading given images and masks."""
 
 import numpy as np
 import torch
@@ -7,7 +7,6 @@ from PIL import Image, ImageOps
 
 from ..checks import INTEGERS
 from ..decode import convert_picture
-from .checks import _is_number
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
 
@@ -117,25 +116,3 @@ def _pixels(image: Image.Image, channels: int, name: str) -> np.ndarray:
         return np.array(convert_picture(image, MODES[channels]))
     except ValueError as error:
         raise ValueError(f"`{name}` cannot be read, mode {image.mode}: {error}, or pass an array.") from error
-
-
-def middle_of_schedule(scheduler, num_inference_steps: int, strength: float, device) -> torch.Tensor:
-    """Set the scheduler to the last `round(strength * num_inference_steps)` steps, and return their timesteps.
-
-    Raises:
-        ValueError, TypeError: `strength` outside (0, 1], or a scheduler that is not one of EDM.
-    """
-    if not _is_number(strength):
-        raise TypeError(f"`strength` must be a number in (0, 1], but got {strength!r}.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"`strength` must lie in (0, 1], but got {strength}: 1 takes all steps, less only the last.")
-    if not hasattr(scheduler, "precondition_outputs"):
-        raise ValueError(
-            f"The scheduler must know EDM's denoised image, but {type(scheduler).__name__} does not: use "
-            "`EDMHeunScheduler`, `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`."
-        )
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    count = scheduler.num_inference_steps
-    begin = scheduler.order * (count - max(1, round(strength * count)))  # Heun has two timesteps to a step
-    scheduler.set_begin_index(begin)
-    return scheduler.timesteps[begin:]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from PIL import Image
 
-from .checks import _check_strength
-from .dfu import DFUPipeline, Run
-from .images import middle_of_schedule, read_images, read_mask
+from .checks import _check_latents, _check_strength
+from .dfu import DFUPipeline
+from .images import read_images, read_mask
 
 SWEEPS = 10  # over each grid of a `HarmonicInterpolation`
 
@@ -115,7 +115,7 @@ class DFUInpaintPipeline(DFUPipeline):
             guidance_scale=guidance_scale,
         )
         strategy = "octaves" if octaves else "direct"
-        self._check_latents(latents, (batch_size, *self._noise_size((height, width), strategy)))
+        _check_latents(latents, (batch_size, *self._noise_size((height, width), strategy)))
 
         # 2. Sample. Known pixels of each denoised image are replaced by the given ones
         image, hole = image.to(self._execution_device), hole.to(self._execution_device)
@@ -131,7 +131,8 @@ class DFUInpaintPipeline(DFUPipeline):
         if octaves:
             latents = self._sample_octaves(run, (height, width), latents, replace)
         else:
-            latents = self._denoise_noised(run, known, hole, latents, strength, replace)
+            start = known.masked_fill(hole, 0) if strength == 1 else known
+            latents = self._sample_from_middle(run, start, latents, strength, replace)
 
         # 3. Images; the known pixels are taken from the input, where no rescaling has touched them
         if output_type == "latent":
@@ -149,16 +150,6 @@ class DFUInpaintPipeline(DFUPipeline):
         if strength == 1:
             self._strategy("octaves")
         return strength == 1
-
-    def _denoise_noised(self, run: Run, known, hole, latents, strength: float, replace) -> torch.Tensor:
-        """The image with noise, denoised by `unet` at the full size."""
-        timesteps = middle_of_schedule(self.scheduler, run.num_inference_steps, strength, known.device)
-        begin = len(self.scheduler.timesteps) - len(timesteps)
-        start = known.masked_fill(hole, 0) if strength == 1 else known
-        latents = run.draw_noise(tuple(known.shape)) if latents is None else latents
-        latents = self.scheduler.add_noise(start, latents.to(known), timesteps[:1])
-        with self._progress(run, len(timesteps)):
-            return self._denoise(run, latents, self.scheduler, run.predict, replace, begin)
 
 
 class HarmonicInterpolation:

@@ -21,9 +21,9 @@ from PIL import Image
 
 from ..checks import real_number
 from ..models.modes import average_pixels, from_modes, octave_sizes, to_modes, transform
-from .checks import _check_count, _check_positive, _check_strength
-from .dfu import DFUPipeline, Run, _check_retired
-from .images import middle_of_schedule, read_images
+from .checks import _check_count, _check_latents, _check_positive, _check_retired, _check_strength
+from .dfu import DFUPipeline, Run
+from .images import read_images
 from .noise import resize_bicubic
 from .octaves import NestedNoise, coefficients_of
 
@@ -151,7 +151,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         )
         consistency = self._check_consistency(consistency, old_size, size)
         noise_size = size if self.refiner is None else tuple(map(max, size, old_size))
-        self._check_latents(latents, (batch_size, self._channels, *noise_size))
+        _check_latents(latents, (batch_size, self._channels, *noise_size))
 
         # 2. Sample
         image = 2 * image.to(self._execution_device) - 1
@@ -185,16 +185,11 @@ class DFUSuperResolutionPipeline(DFUPipeline):
 
     def _denoise_resized(self, run: Run, image, size, latents, strength: float, average) -> torch.Tensor:
         """The image resized, noised and denoised by `unet`."""
-        timesteps = middle_of_schedule(self.scheduler, run.num_inference_steps, strength, image.device)
-        begin = len(self.scheduler.timesteps) - len(timesteps)
         shrinks = size[0] < image.shape[-2] or size[1] < image.shape[-1]
         large = resize_bicubic(image, size, run.periodic, antialias=shrinks)
         large = large if average is None else average.project(large)
-        latents = run.draw_noise(tuple(large.shape)) if latents is None else latents
-        latents = self.scheduler.add_noise(large, latents.to(large), timesteps[:1])
-        with self._progress(run, len(timesteps)):
-            project = None if average is None else average.project
-            return self._denoise(run, latents, self.scheduler, run.predict, project, begin)
+        project = None if average is None else average.project
+        return self._sample_from_middle(run, large, latents, strength, project)
 
     def _class_labels(self, class_labels, batch_size: int) -> torch.Tensor | None:
         if self.refiner is None:

@@ -77,7 +77,6 @@ class BatchOptions:
 
     resolutions: list[Resolution] = option([(16, 16), (24, 24), (32, 32)], "to train at (default: 16 24 32)")
     resolution_weights: list[NonNegative] | None = option(None, "how often each is drawn (default: equally)")
-    resolution_warmup_steps: Natural = option(0, "over these steps sizes join, smallest first")
     upsample_resolutions: list[Resolution] = option([], "larger sizes, trained on enlarged images")
     upsample_weight: Share = option(0.0, "share of steps that draw one of these")
     source_resolution: Resolution | None = option(

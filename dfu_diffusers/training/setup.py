@@ -230,8 +230,8 @@ def build_sampler(
     """This process's share of each step from `start` on; `length` is that of the data."""
     return MixedResolutionBatchSampler(
         length, args.batch_size, args.resolutions, args.resolution_weights, args.upsample_resolutions,
-        args.upsample_weight, args.resolution_warmup_steps, args.max_pixels_per_batch, args.max_train_steps,
-        start, args.seed, accelerator.process_index, accelerator.num_processes, args.source_resolution,
+        args.upsample_weight, args.max_pixels_per_batch, args.max_train_steps, start, args.seed,
+        accelerator.process_index, accelerator.num_processes, args.source_resolution,
     )  # fmt: skip
 
 
