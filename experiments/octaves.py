@@ -75,7 +75,7 @@ class Comparison:
         self.pipe = self.load(args.model)
         if self.pipe.refiner is None:
             raise EvaluationError(f"--model {args.model} has no refiner: name a pipeline that has one.")
-        self.base, self.training_size = self.pipe._sample_size("--model"), self.pipe._size(None, None)
+        self.base, self.training_size = self.pipe._coarse_size((1, 1)), self.pipe._size(None, None)
         self.octaves = octave_sizes(tuple(map(max, zip(*args.sizes))), self.base)
         device = self.accelerator.device
         self.features = SquareFeatures(load_extractor("portrait", device), self.training_size, device)

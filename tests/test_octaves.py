@@ -102,6 +102,30 @@ def test_any_size(make_octaves, size, tileable):
     assert result.shape == (1, 3, *size) and result.isfinite().all()
 
 
+def test_pictures_of_several_shapes_start_on_grids_of_their_own(make_octaves):
+    """The grid of the nearest aspect ratio, at any size of this shape; sizes of one shape share their octaves."""
+    pipe = make_octaves(sample_size=8, coarse_sizes=[[4, 4], [8, 8], [6, 11], [11, 6]])
+    grids = set()
+    spy(pipe.unet, lambda sample, *_: grids.add(tuple(sample.shape[-2:])))
+    drawn = {
+        (20, 20): (8, 8),
+        (40, 33): (8, 8),
+        (33, 60): (6, 11),
+        (9, 200): (6, 11),
+        (90, 50): (11, 6),
+        (3, 2): (11, 6),
+    }
+    for size, grid in drawn.items():
+        grids.clear()
+        assert draw_at(pipe, size).shape[-2:] == size and grids == {grid}
+    small, large = (to_modes(draw_at(pipe, size), (12, 22), averaged=True) for size in ((12, 22), (40, 80)))
+    assert_near(small, large)
+    with pytest.raises(ValueError, match="pictures of at least 8 pixels a side, but `unet` draws 6x11"):
+        pipe.refiner.register_to_config(coarse_size=8)
+        pipe.unet.register_to_config(coarse_sizes=[[8, 8], [6, 11]])
+        draw_at(pipe, (20, 20))
+
+
 # --- Exact denoisers ---
 
 

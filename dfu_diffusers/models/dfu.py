@@ -63,6 +63,9 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         spectral_rank: None for a full matrix in each Fourier mode. A number in (0, 1) mixes that share of the channels
             in each mode, between two factors that all modes share, see `SpectralConv2d`: the spectral weights shrink
             with its square. `factorized` converts a trained model.
+        coarse_sizes: grids (height, width) at which it was trained to draw the start of octaves, if there are several:
+            a pipeline with a refiner takes the one whose aspect ratio is nearest to the picture's. None: `sample_size`
+            for every picture.
 
     Raises:
         ValueError: an argument out of its range, or lists of levels that do not fit together.
@@ -96,6 +99,7 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         spectral_boundary: Boundary = "periodic",
         tileable: Literal["x", "y", "xy"] | None = None,
         spectral_rank: float | None = None,
+        coarse_sizes: tuple[tuple[int, int], ...] | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -335,10 +339,13 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
                 f"levels of block_out_channels={channels}, but got {modes}."
             )
         sides = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
-        if len(sides) != 2 or not all(_is_integer(side) and side >= 1 for side in sides):
+        if not _is_size(sides):
             raise ValueError(
                 f"sample_size must be a positive integer or (height, width), but got {config.sample_size!r}."
             )
+        coarse = config.coarse_sizes
+        if coarse is not None and not (isinstance(coarse, (list, tuple)) and coarse and all(map(_is_size, coarse))):
+            raise ValueError(f"coarse_sizes must be a list of (height, width), or None, but got {coarse!r}.")
         _check_conv_type(config.conv_type)
         _parse_boundary(config.spectral_boundary)
         _parse_rank(config.spectral_rank)
@@ -411,3 +418,7 @@ class DFUModel(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             if class_labels.min() < 0 or class_labels.max() >= classes:
                 raise ValueError(f"`class_labels` must lie in [0, {classes}), but got {class_labels.tolist()}.")
+
+
+def _is_size(sides) -> bool:
+    return isinstance(sides, (list, tuple)) and len(sides) == 2 and all(_is_integer(n) and n >= 1 for n in sides)

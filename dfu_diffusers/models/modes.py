@@ -100,7 +100,7 @@ def from_modes(
     if averaged:
         modes = modes * _response((rows, columns), size, periodic, modes.device)
     basis_h, basis_w = (mode_basis(n, axis, k).to(modes) for n, axis, k in zip(size, periodic, (rows, columns)))
-    return transform(basis_h.T, modes, basis_w.T) * math.sqrt(math.prod(size))
+    return transform(basis_h.T, modes * math.sqrt(math.prod(size)), basis_w.T)
 
 
 def resize_modes(x: torch.Tensor, size: tuple[int, int], periodic: Axes = (False, False)) -> torch.Tensor:
@@ -110,7 +110,7 @@ def resize_modes(x: torch.Tensor, size: tuple[int, int], periodic: Axes = (False
 
 def beyond(x: torch.Tensor, coarse: tuple[int, int], periodic: Axes = (False, False)) -> torch.Tensor:
     """The part of x (..., H, W) in modes that the grid `coarse` does not have."""
-    return x - from_modes(to_modes(x, coarse, periodic), x.shape[-2:], periodic)
+    return from_modes(to_modes(x, coarse, periodic), x.shape[-2:], periodic).neg_().add_(x)  # in place: x can be large
 
 
 def average_pixels(x: torch.Tensor, periodic: Axes = (False, False)) -> torch.Tensor:

@@ -71,7 +71,8 @@ class DFUPipeline(DFUPipelineBase):
         guide: a weaker model of the same images, such as an earlier snapshot of `unet` or a smaller network trained
             for less time. `guidance_scale` then moves away from its errors (autoguidance, arXiv 2406.02507).
         refiner: a `DFURefiner`, which adds detail to the picture that `unet` draws on its own grid (`sample_size`).
-            With it one seed is one picture at every size. It has a sampler of its own, see `octave_steps`.
+            With it one seed is one picture at every size. It has a sampler of its own, see `octave_steps`. If `unet`
+            has `coarse_sizes` in its config, it draws on the grid of the nearest aspect ratio.
 
     Raises:
         ValueError: no unet.
@@ -236,16 +237,16 @@ class DFUPipeline(DFUPipelineBase):
         `replace` maps denoised images of the full size, (batch, channels, height, width), to others. Images on coarser
         grids are enlarged to the full size, replaced, and cut back to their modes.
         """
-        base, device = self._sample_size("strategy='octaves'"), self._execution_device
+        base, device = self._coarse_size(size), self._execution_device
         noise = NestedNoise(run.batch_size, self._channels, run.generator, run.periodic, device)
         if latents is None:
-            normals = noise.coefficients(self._noise_size(size, "octaves")[1:])
+            noise.normals = noise.coefficients(self._noise_size(size, "octaves")[1:])
         else:
-            normals = coefficients_of(latents.to(device, torch.float32), run.periodic)
+            noise.normals = coefficients_of(latents.to(device, torch.float32), run.periodic)
         scheduler = self._scheduler_of(run.num_inference_steps)
         octaves = octave_sizes(size, base)
         with self._progress(run, len(scheduler.timesteps) + self._refiner_calls(run, octaves)):
-            start = noise.white(normals[..., : base[0], : base[1]]) * scheduler.init_noise_sigma
+            start = noise.white(noise.normals[..., : base[0], : base[1]]) * scheduler.init_noise_sigma
             run.draw_noise = lambda shape: noise.white(noise.coefficients(shape[-2:]))
 
             def project(picture, averaged=False):
@@ -261,7 +262,7 @@ class DFUPipeline(DFUPipelineBase):
             modes = to_modes(picture, periodic=run.periodic, averaged=True)
             picture = from_modes(modes, base, run.periodic)
             project = None if replace is None else project
-            picture = self._refine(run, picture, octaves, noise, normals, project=project)
+            picture = self._refine(run, picture, octaves, noise, project=project)
         return average_pixels(picture, run.periodic)
 
     def _sample_cascade(self, run: Run, size: tuple[int, int], latents: torch.Tensor | None) -> torch.Tensor:
@@ -316,7 +317,6 @@ class DFUPipeline(DFUPipelineBase):
         picture: torch.Tensor,
         octaves: list[tuple[int, int]],
         noise: NestedNoise,
-        normals: torch.Tensor | None = None,
         noise_level: float = 0.0,
         project: Callable | None = None,
     ) -> torch.Tensor:
@@ -324,7 +324,7 @@ class DFUPipeline(DFUPipelineBase):
 
         Args:
             picture: (batch, channels, height, width), values at pixel centres.
-            noise, normals: source of noise, and the coefficients of the octaves' noise; None to draw them.
+            noise: source of all noise.
             noise_level: standard deviation of the noise that the picture already has.
             project: replaces each estimate of a picture, (batch, channels, height, width), by another one.
         """
@@ -339,16 +339,22 @@ class DFUPipeline(DFUPipelineBase):
                 picture = from_modes(modes, size, periodic)
                 continue
             unit = to_modes(noise.white(noise.coefficients(coarse)), size, periodic)
-            condition = from_modes(modes + COARSE_NOISE * unit, size, periodic)
-            picture = from_modes(modes, size, periodic)
-            picture = picture + self._sample_detail(run, picture, condition, told, coarse, noise, normals, project)
+            condition = from_modes(unit.mul_(COARSE_NOISE).add_(modes), size, periodic)
+            del unit
+
+            def complete(detail, modes=modes, size=size):
+                return from_modes(modes, size, periodic).add_(detail)
+
+            replace = None if project is None else lambda detail: project(complete(detail))  # noqa: B023
+            draw = partial(noise.beyond, size, coarse, last=size == octaves[-1])
+            picture = complete(self._sample_detail(run, condition, told, coarse, draw, replace))
         return picture
 
-    def _sample_detail(self, run, picture, condition, told, coarse, noise, normals, project) -> torch.Tensor:
-        """Detail for `picture`, which has the modes of the grid `coarse`. `condition` is the picture with noise."""
-        size, periodic = tuple(picture.shape[-2:]), run.periodic
-        scheduler = octave_scheduler(self.scheduler, self.refiner, run.octave_steps, picture.device)
-        run.draw_noise = lambda shape: noise.beyond(size, coarse)
+    def _sample_detail(self, run, condition, told, coarse, draw_noise, replace) -> torch.Tensor:
+        """Detail beyond the modes of the grid `coarse` for the picture `condition`, which has noise of deviation
+        `told`. `replace` gives, for denoised detail, the whole picture that takes its place."""
+        periodic = run.periodic
+        scheduler = octave_scheduler(self.scheduler, self.refiner, run.octave_steps, condition.device)
 
         def predict(sample, timestep):  # the sample has no coarse modes, so the denoised detail must have none
             options = dict(coarse_noise=told, tileable=run.tileable, max_pixels=self._max_pixels)
@@ -356,13 +362,12 @@ class DFUPipeline(DFUPipelineBase):
                 refine_in_strips(self.refiner, sample[part], timestep, condition[part], **options)
                 for part in run.parts
             ]
-            return beyond(torch.cat(output), coarse, periodic)
+            return beyond(output[0] if len(output) == 1 else torch.cat(output), coarse, periodic)
 
-        def replace(denoised):
-            return beyond(project(picture + denoised) - picture, coarse, periodic)
-
-        detail = noise.beyond(size, coarse, normals) * scheduler.init_noise_sigma
-        detail = self._denoise(run, detail, scheduler, predict, replace if project else None, network="refiner")
+        project = None if replace is None else lambda detail: beyond(replace(detail), coarse, periodic)
+        detail = self._denoise(  # which alone holds the noise: tensors as large as the picture are given up early
+            run, draw_noise().mul_(scheduler.init_noise_sigma), scheduler, predict, project, network="refiner"
+        )
         return beyond(detail, coarse, periodic)
 
     def enable_tiling(self, max_pixels: int = MAX_PIXELS) -> None:
@@ -472,15 +477,17 @@ class DFUPipeline(DFUPipelineBase):
         noise = {"generator": run.generator, "noise_sampler": run.draw_noise}
         accepted = inspect.signature(scheduler.step).parameters
         noise = {name: source for name, source in noise.items() if name in accepted}
+
+        def evaluate(latents, t):
+            output = predict(scheduler.scale_model_input(latents, t), t)
+            sums.append(output.sum())
+            return output if project is None else _projected(scheduler, output, latents, project)
+
         for t in scheduler.timesteps[begin:]:
             if self._interrupt:
                 break
-            output = predict(scheduler.scale_model_input(latents, t), t)
-            sums.append(output.sum())
-            if project is not None:
-                output = _projected(scheduler, output, latents, project)
             with torch.device(latents.device):  # on which diffusers' schedulers make their numbers
-                latents = scheduler.step(output, t, latents, **noise, return_dict=False)[0]
+                latents = scheduler.step(evaluate(latents, t), t, latents, **noise, return_dict=False)[0]
             if run.callback is not None:
                 latents = self._call_back(run, t, latents)
             run.calls += 1
@@ -558,6 +565,20 @@ class DFUPipeline(DFUPipelineBase):
             raise ValueError(f"{purpose} needs a model with a `sample_size` in its config, but this one has none.")
         return size
 
+    @property
+    def _coarse_sizes(self) -> list[tuple[int, int]]:
+        """Grids on which `unet` draws the start of octaves."""
+        several = self._config_of_unet("coarse_sizes")
+        return list(map(tuple, several)) if several else [self._sample_size("strategy='octaves'")]
+
+    def _coarse_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The one for pictures of this size: of the nearest aspect ratio, and the largest of these."""
+
+        def mismatch(grid):
+            return abs(math.log(grid[0] * size[1] / (grid[1] * size[0]))), -math.prod(grid)
+
+        return min(self._coarse_sizes, key=mismatch)
+
     def _small_size(self, height: int, width: int) -> tuple[int, int]:
         """The size shrunk, in its own shape, to fit into the model's `sample_size`."""
         limits = self._sample_size("strategy='cascade'")
@@ -567,7 +588,7 @@ class DFUPipeline(DFUPipelineBase):
     def _noise_size(self, size: tuple[int, int], strategy: str) -> tuple[int, int, int]:
         """Channels, height and width of the noise from which a strategy starts."""
         if strategy == "octaves":  # `unet` always draws its whole grid
-            size = tuple(max(sides) for sides in zip(size, self._sample_size("strategy='octaves'")))
+            size = tuple(map(max, size, self._coarse_size(size)))
         return self._channels, *size
 
     def _strategy(self, strategy: str | None) -> str:
@@ -581,7 +602,8 @@ class DFUPipeline(DFUPipelineBase):
                     "strategy='octaves' needs a refiner: load the pipeline with `refiner=DFURefiner.from_pretrained"
                     "(...)`."
                 )
-            _check_coarse_size(self.refiner, *self._sample_size("A refiner"))
+            for size in self._coarse_sizes:
+                _check_coarse_size(self.refiner, *size)
         return strategy
 
     def check_inputs(self, batch_size: int, generator, output_type, callback_inputs) -> None:

@@ -23,21 +23,27 @@ class NestedNoise:
         channels: channels of each.
         generator: the user's; a list has one generator per picture.
         periodic: axes, (rows, columns), that tile.
+
+    Attributes:
+        normals: coefficients of the octaves' noise, at least as many as the picture's; None to draw them for each.
     """
 
     def __init__(self, pictures: int, channels: int, generator, periodic: Axes, device):
         given = generator if isinstance(generator, list) else [generator] * pictures
         seeds = [_draw_seed(each) for each in given]
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.channels, self.periodic, self.device = channels, periodic, device
+        self.channels, self.periodic, self.device, self.normals = channels, periodic, device, None
 
     def coefficients(self, size: tuple[int, int]) -> torch.Tensor:
         """(pictures, channels, height, width) of the lowest modes; every call draws anew."""
         return nested_normals((len(self.generators), self.channels, *size), self.generators).to(self.device)
 
-    def beyond(self, size: tuple[int, int], coarse: tuple[int, int], normals: torch.Tensor | None = None):
-        """White unit noise on the grid `size`, without the modes of the grid `coarse`."""
-        normals = (self.coefficients(size) if normals is None else normals)[..., : size[0], : size[1]].clone()
+    def beyond(self, size: tuple[int, int], coarse: tuple[int, int], last: bool = False) -> torch.Tensor:
+        """White unit noise of an octave: on the grid `size`, without the modes of the grid `coarse`. After the `last`
+        octave `normals`, as large as the picture, are given up."""
+        normals = self.coefficients(size) if self.normals is None else self.normals
+        normals = normals[..., : size[0], : size[1]].clone()
+        self.normals = None if last else self.normals
         rows, columns = (num_modes(min(n, c), axis) for n, c, axis in zip(size, coarse, self.periodic))
         normals[..., :rows, :columns] = 0
         return self.white(normals)

@@ -178,10 +178,10 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         """The image, enlarged, with the detail that the refiner adds beyond the image's modes."""
         periodic, octaves = run.periodic, octave_sizes(size, image.shape[-2:])
         noise = NestedNoise(run.batch_size, self._channels, run.generator, periodic, image.device)
-        normals = None if latents is None else coefficients_of(latents.to(image), periodic)
+        noise.normals = None if latents is None else coefficients_of(latents.to(image), periodic)
         picture = from_modes(to_modes(image, periodic=periodic, averaged=True), image.shape[-2:], periodic)
         with self._progress(run, self._refiner_calls(run, octaves)):
-            return average_pixels(self._refine(run, picture, octaves, noise, normals, noise_level), periodic)
+            return average_pixels(self._refine(run, picture, octaves, noise, noise_level), periodic)
 
     def _denoise_resized(self, run: Run, image, size, latents, strength: float, average) -> torch.Tensor:
         """The image resized, noised and denoised by `unet`."""

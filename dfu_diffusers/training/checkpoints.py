@@ -343,7 +343,7 @@ def check_architecture(folder: Path, config: dict) -> None:
         CheckpointError: names the fields that differ, with both values.
     """
     saved = read_object(folder / "config.json")
-    free = {"sample_size", "coarse_size", "dropout"}  # neither changes what the weights compute in a trained network
+    free = {"sample_size", "coarse_size", "coarse_sizes", "dropout"}  # none changes what trained weights compute
     differing = [
         f"{name} is {saved.get(name)} there and {json.loads(json.dumps(value))} here"
         for name, value in config.items()
