@@ -22,7 +22,7 @@ from dfu_diffusers.evaluation.metrics import psnr
 from dfu_diffusers.evaluation.sheets import contact_sheet
 from dfu_diffusers.evaluation.sources import to_bytes
 from dfu_diffusers.evaluation.tables import parse, report
-from measure import ROOT, allow_tf32, parser, peak_bytes, race, ratio
+from measure import CHECKPOINT, allow_tf32, parser, peak_bytes, race, ratio
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 ADDITIONS = ("direct", "cascade", "compiled", "graphs")
@@ -81,7 +81,7 @@ def add_cost(rows: list[dict], reference_size: int) -> None:
 
 def main(argv=None) -> list[dict]:
     options = parser(__doc__, turns=3)
-    options.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
+    options.add_argument("--model", default=str(CHECKPOINT))
     options.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     options.add_argument("--reference_size", type=int, default=128)
     options.add_argument("--variants", nargs="+", default=["float32", "bfloat16", "float32+direct"])

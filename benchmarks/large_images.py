@@ -21,7 +21,7 @@ from dfu_diffusers import DFUPipeline
 from dfu_diffusers.command_line import DTYPES
 from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.pipelines.dfu import STRATEGIES
-from measure import ROOT
+from measure import CHECKPOINT
 
 
 def draw(size: int, args) -> dict:
@@ -48,7 +48,7 @@ def peak_of_this_process() -> int:
 
 def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
+    parser.add_argument("--model", default=str(CHECKPOINT))
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

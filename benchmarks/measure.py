@@ -27,7 +27,7 @@ from dfu_diffusers.evaluation.tables import markdown
 from dfu_diffusers.training.step import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "examples" / "configs"
+CONFIGS, CHECKPOINT = ROOT / "examples" / "configs", ROOT / "checkpoints" / "dfu-portraits"
 
 
 def parser(doc: str, turns: int) -> argparse.ArgumentParser:

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Helpers of the scripts: types of options, choices by name, and the commit and device of a result."""
+"""Helpers of the scripts: options and their types, loading, and the commit and device of a result."""
 
 import argparse
 import math
@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers.utils.torch_utils import get_device
 
 from .data.resolutions import Size, parse_resolution
 from .schedulers.edm_heun import EDMHeunScheduler
@@ -48,6 +49,26 @@ def usable_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # PyTorch has both for a device that is not there
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def add_pipeline_options(parser: argparse.ArgumentParser, checkpoint: Path) -> None:
+    """The options that scripts of one pipeline share; `checkpoint` is the default of --model. See `load_pipeline`."""
+    add = parser.add_argument
+    add("--model", default=str(checkpoint), help="folder of a pipeline, or its id on the Hub (default: portraits)")
+    add("--octave_steps", type=int, help="of the refiner, in each doubling of the size (default: the pipeline's)")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--class_label", type=int, help="for a class-conditional model")
+    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", type=usable_device, default=get_device(), help="default: %(default)s")
+
+
+def load_pipeline(pipeline_class: type[DiffusionPipeline], args: argparse.Namespace) -> DiffusionPipeline:
+    """The pipeline that the options of `add_pipeline_options` ask for."""
+    pipe = pipeline_class.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
+    if args.scheduler:
+        pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+    return pipe
 
 
 def check_model_and_seed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

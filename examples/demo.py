@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The same portraits from the training size to eight times that: writes outputs/demo.png.
 
-    python examples/demo.py [--model checkpoints/dfu-portraits] [--sizes 64 128 256 512] [--seeds 0 1]
+    python examples/demo.py [--model checkpoints/dfu-portraits] [--sizes 64 128 256 512] [--seeds 2 4]
 
 Prints how well the portraits of each size, averaged down to the smallest size, agree with those drawn there (PSNR in
 dB), beside the agreement of different portraits, and the seconds that one took.

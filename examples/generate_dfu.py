@@ -11,10 +11,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers.utils.torch_utils import get_device
 
 from dfu_diffusers import DFUPipeline
-from dfu_diffusers.command_line import DTYPES, SCHEDULERS, check_model_and_seed, usable_device
+from dfu_diffusers.command_line import add_pipeline_options, check_model_and_seed, load_pipeline
 from dfu_diffusers.data.resolutions import parse_resolution
 from dfu_diffusers.pipelines.dfu import STRATEGIES
 
@@ -23,10 +22,8 @@ CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portr
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pipeline_options(parser, CHECKPOINT)
     add = parser.add_argument
-    add(
-        "--model", default=str(CHECKPOINT), help="folder of a saved pipeline or its id on the Hub (default: portraits)"
-    )
     add("--height", type=int, help="in pixels (default: the model's own)")
     add("--width", type=int, help="in pixels (default: the model's own)")
     add(
@@ -38,15 +35,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=1, help="images of each size")
     add("--max_batch_size", type=int, help="evaluate at most so many at once, to need less memory")
     add("--num_inference_steps", type=int, default=18)
-    add("--octave_steps", type=int, help="of the refiner, in each doubling of the size (default: the pipeline's)")
-    add("--seed", type=int, default=0, help="of the first image")
-    add("--class_label", type=int, help="for a class-conditional model")
     add("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct; see docs/zero_shot.md")
     add("--tileable", choices=["x", "y", "xy"], help="axes along which opposite edges meet: see docs/tileable.md")
     add("--guidance_scale", type=float, default=1.0, help="for a model trained with --label_dropout, or with a guide")
-    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--device", type=usable_device, default=get_device(), help="default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/generated"))
     return parser
 
@@ -64,9 +55,7 @@ def main(argv=None) -> list[Path]:
     files = []
     try:
         sizes = [parse_resolution(text) for text in args.sizes or []] or [(args.height, args.width)]
-        pipe = DFUPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
-        if args.scheduler:
-            pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+        pipe = load_pipeline(DFUPipeline, args)
         for height, width in sizes:
             images = pipe(
                 batch_size=args.batch_size,

@@ -14,10 +14,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers.utils.torch_utils import get_device
 
 from dfu_diffusers import DFUSuperResolutionPipeline
-from dfu_diffusers.command_line import DTYPES, SCHEDULERS, check_model_and_seed, usable_device
+from dfu_diffusers.command_line import add_pipeline_options, check_model_and_seed, load_pipeline
 from dfu_diffusers.decode import open_picture
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
@@ -25,16 +24,13 @@ CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portr
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_pipeline_options(parser, CHECKPOINT)
     add = parser.add_argument
     add("images", nargs="+", type=Path, help="image files, of any sizes")
-    add(
-        "--model", default=str(CHECKPOINT), help="folder of a saved pipeline or its id on the Hub (default: portraits)"
-    )
     add("--scale", type=float, help="factor of both sides, e.g. 2.7 (default: 2)")
     add("--height", type=int, help="in pixels, instead of --scale; a side left out keeps the proportions")
     add("--width", type=int, help="in pixels, instead of --scale")
     add("--noise_level", type=float, help="deviation of noise in the images (-1 to 1): about 0.05 if compressed")
-    add("--octave_steps", type=int, help="of the refiner, in each doubling of the size (default: the pipeline's)")
     add("--strength", type=float, help="in (0, 1], how much is drawn anew without a refiner (default: the pipeline's)")
     add(
         "--consistency",
@@ -42,11 +38,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="whether the result averages to the input (default: from a factor of 2 on)",
     )
     add("--num_inference_steps", type=int, help="without a refiner, of the whole schedule (default: the pipeline's)")
-    add("--seed", type=int, default=0)
-    add("--class_label", type=int, help="for a class-conditional model")
-    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own, heun as a rule)")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--device", type=usable_device, default=get_device(), help="default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/upscaled"))
     return parser
 
@@ -62,9 +53,7 @@ def main(argv=None) -> list[Path]:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     files = []
     try:
-        pipe = DFUSuperResolutionPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
-        if args.scheduler:
-            pipe.scheduler = SCHEDULERS[args.scheduler].from_config(pipe.scheduler.config)
+        pipe = load_pipeline(DFUSuperResolutionPipeline, args)
         for path in args.images:
             with open_picture(path) as image:
                 image = image.copy()

@@ -7,7 +7,6 @@ Prints a Markdown table of the EDM loss with fixed noise: about 1 for a network 
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -17,8 +16,8 @@ from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
 from dfu_diffusers.data.resolutions import parse_resolution
 from dfu_diffusers.evaluation.tables import markdown
 from dfu_diffusers.training.losses import edm_loss
+from pictures import CHECKPOINT
 
-CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 HELD_OUT = 10_001  # a series of portraits that no training of ours draws from
 
 

@@ -18,9 +18,7 @@ from PIL import Image
 
 from dfu_diffusers import DFUInpaintPipeline, EDMHeunScheduler
 from dfu_diffusers.evaluation.tables import markdown
-from pictures import portraits, sheet
-
-ROOT = Path(__file__).resolve().parent.parent
+from pictures import CHECKPOINT, portraits, sheet
 
 
 def masks(count: int, size: int) -> np.ndarray:
@@ -44,12 +42,12 @@ def edge_jump(images: np.ndarray, holes: np.ndarray) -> float:
 def main(argv=None) -> dict[str, float]:
     """Returns the jumps by name of the setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"))
+    parser.add_argument("--model", default=str(CHECKPOINT))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--num_inference_steps", type=int, default=18)
     parser.add_argument("--churn", type=float, nargs="+", default=[0, 20], help="`s_churn` of EDMHeunScheduler")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "inpaint", help="write OUTPUT.png")
+    parser.add_argument("--output", type=Path, default=Path("outputs/inpaint"), help="write OUTPUT.png")
     args = parser.parse_args(argv)
     pipe = DFUInpaintPipeline.from_pretrained(args.model)
     truth, holes = portraits(args.count, args.size), masks(args.count, args.size)

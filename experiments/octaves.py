@@ -34,8 +34,7 @@ from dfu_diffusers.evaluation.sheets import contact_sheet
 from dfu_diffusers.evaluation.sources import EvaluationError, ModelSource, Portraits, Resized
 from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.models.modes import octave_sizes, to_modes
-
-CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
+from pictures import CHECKPOINT
 
 SIZES = [(64, 64), (85, 85), (97, 97), (128, 128), (96, 192), (192, 192), (256, 256), (512, 512)]
 ROWS = ("octaves", "enlarged", "direct", "cascade", "real")

@@ -1,4 +1,6 @@
-"""What the experiments with given images share: held-out portraits, and sheets of results."""
+"""What the experiments share: the shipped model, held-out portraits, and sheets of results."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from dfu_diffusers.evaluation.sheets import contact_sheet
 from dfu_diffusers.evaluation.sources import HELD_OUT_SERIES, to_bytes
 from dfu_diffusers.models.resampling import resample
 
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
 FINEST = 512  # px, what is averaged to all sizes
 
 

@@ -39,9 +39,8 @@ from dfu_diffusers.evaluation.sources import to_bytes, to_floats
 from dfu_diffusers.evaluation.tables import parse, report
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.pipelines.super_resolution import AreaAverage
-from pictures import FINEST, portraits, sheet
+from pictures import CHECKPOINT, FINEST, portraits, sheet
 
-ROOT = Path(__file__).resolve().parent.parent
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
 
 
@@ -104,7 +103,7 @@ def main(argv=None) -> list[dict]:
     """Returns the rows of the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(ROOT / "checkpoints" / "dfu-portraits"), help="folder of a saved pipeline, or its id")
+    add("--model", default=str(CHECKPOINT), help="folder of a saved pipeline, or its id")
     add("--side", type=int, default=32, help="of the images to enlarge")
     add("--scales", type=float, nargs="+", default=[1.25, 1.5, 2, 3, 4])
     add("--shrink", choices=["averaging", "bicubic"], default="averaging", help="how the input is made")
@@ -113,7 +112,7 @@ def main(argv=None) -> list[dict]:
     add("--image_dir", type=Path, help="enlarge the pictures of this folder rather than portraits")
     add("--extractor", default="portrait", help='of features: "efficientnet" for photographs')
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    add("--output", type=Path, default=ROOT / "outputs" / "super_resolution", help="write OUTPUT.csv, .md and .png")
+    add("--output", type=Path, default=Path("outputs/super_resolution"), help="write OUTPUT.csv, .md and .png")
     args = parse(parser, argv)
     args.device = "cpu"
     pipe = DFUSuperResolutionPipeline.from_pretrained(args.model)

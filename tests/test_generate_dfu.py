@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from dfu_diffusers import DFUPipeline, DFURefiner, EDMHeunScheduler
+from dfu_diffusers.command_line import SCHEDULERS
 from examples import generate_dfu
 
 
@@ -59,10 +60,10 @@ def test_image_is_the_pipelines_and_depends_on_its_seed_alone(generate, saved):
     assert abs(pixels(beside[1]) - alone).max() > 20
 
 
-@pytest.mark.parametrize("name", generate_dfu.SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(generate, saved, name):
     pipe = DFUPipeline.from_pretrained(saved[0])
-    pipe.scheduler = generate_dfu.SCHEDULERS[name].from_config(pipe.scheduler.config)
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
     assert pipe.scheduler.config.sigma_max == 40
     expected = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     np.testing.assert_array_equal(pixels(generate("--scheduler", name)[0]), np.asarray(expected))

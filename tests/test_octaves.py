@@ -5,6 +5,8 @@ What pipelines with a refiner share with the others is tested in test_pipeline_c
 """
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -436,3 +438,21 @@ def test_a_compiled_refiner_of_dynamic_size(make_octaves, backend):
     pipe.refiner = torch.compile(pipe.refiner, dynamic=True, backend=backend)
     for size, image in zip(((19, 27), (32, 40)), expected):
         assert_near(draw_at(pipe, size), image)
+
+
+@pytest.mark.slow
+def test_a_picture_of_8192_pixels_a_side_in_8_gib():
+    """With two calls in an octave, after which nothing more is kept; the width of a refiner matters in strips alone."""
+    code = """
+import resource
+import torch
+from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
+unet = DFUModel(16, block_out_channels=(8,), layers_per_block=1, fourier_modes=(4,), attention_levels=())
+pipe = DFUPipeline(unet, EDMHeunScheduler(), refiner=DFURefiner(hidden_channels=8, num_layers=1))
+image = pipe(height=8192, width=8192, num_inference_steps=2, octave_steps=2).images[0]
+assert image.size == (8192, 8192)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    print(done.stdout)
+    assert float(done.stdout.split()[0]) < 8

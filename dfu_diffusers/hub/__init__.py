@@ -6,19 +6,10 @@
 
 The trainer calls `check_push` before it starts, `model_card` and `push_folder` when it is done.
 
-Two kinds of repository, which differ in a few lines of model_index.json and in a file of code for each component:
-
-- Plain, the default. It holds no code. `DFUPipeline.from_pretrained(id)` loads it, and so do diffusers' own loaders
-  after `import dfu_diffusers`. Publish this kind for people who can install the package: they need no flag, have to
-  trust only weights, and get later fixes.
-- Self-contained (`self_contained=True`). It also holds our modules: `DiffusionPipeline.from_pretrained(id,
-  trust_remote_code=True)` and `AutoModel.from_pretrained(id, subfolder="unet", trust_remote_code=True)` need only
-  diffusers. Publish this kind for people without the package. They have to trust you, and run the code as it was
-  pushed. With the package, `DFUPipeline.from_pretrained(id)` and `DFUModel.from_pretrained(id, subfolder="unet")` load
-  it, too, with the package's own classes: without a flag, and without running code of the repository. diffusers' own
-  loaders need the flag even then, because they cannot know whose code it is.
-
-One repository can offer both: plain on main, self-contained on another `revision`.
+A plain repository holds no code, and loads with this package. A self-contained one (`self_contained=True`) also holds
+our modules, for people without the package: they pass `trust_remote_code=True` to diffusers' loaders, and so run the
+code as it was pushed. `DFUPipeline.from_pretrained` loads both kinds, and never runs code of a repository.
+`docs/publish.md` compares the two.
 
 Every push is one commit, so readers see all of it or nothing. Large files are uploaded before the commit and
 identified by their content, so a push after an interruption sends only the missing files (`max_shard_size` makes these

@@ -118,6 +118,11 @@ def average_pixels(x: torch.Tensor, periodic: Axes = (False, False)) -> torch.Te
     return from_modes(to_modes(x, periodic=periodic), x.shape[-2:], periodic, averaged=True)
 
 
+def unaverage_pixels(x: torch.Tensor, periodic: Axes = (False, False)) -> torch.Tensor:
+    """The inverse of `average_pixels`: values at pixel centres from the means over pixels, x (..., H, W)."""
+    return from_modes(to_modes(x, periodic=periodic, averaged=True), x.shape[-2:], periodic)
+
+
 def share_beyond(size: tuple[int, int], coarse: tuple[int, int], periodic: Axes = (False, False)) -> float:
     """The share of the modes of the grid `size` that the grid `coarse` does not have.
 

@@ -16,7 +16,16 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..models.modes import average_pixels, beyond, from_modes, octave_sizes, resize_modes, share_beyond, to_modes
+from ..models.modes import (
+    average_pixels,
+    beyond,
+    from_modes,
+    octave_sizes,
+    resize_modes,
+    share_beyond,
+    to_modes,
+    unaverage_pixels,
+)
 from .base import DFUPipelineBase
 from .checks import (
     _check_channels,
@@ -33,7 +42,15 @@ from .checks import (
     _read_class_labels,
 )
 from .noise import fourier_resample, growing_sizes, nested_noise, resize_bicubic
-from .octaves import COARSE_NOISE, MAX_PIXELS, NestedNoise, coefficients_of, octave_scheduler, refine_in_strips
+from .octaves import (
+    COARSE_NOISE,
+    MAX_PIXELS,
+    NestedNoise,
+    coefficients_of,
+    octave_scheduler,
+    refine_in_strips,
+    replace_on_grid,
+)
 
 STRATEGIES = ("octaves", "direct", "cascade")
 CASCADE_SIGMA = 0.25  # the cascade adds noise of this level to enlarged images; the schedule's nearest level is taken
@@ -234,8 +251,8 @@ class DFUPipeline(DFUPipelineBase):
     def _sample_octaves(self, run: Run, size, latents: torch.Tensor | None, replace=None) -> torch.Tensor:
         """The sample of `unet` on its grid, with the detail that the refiner adds.
 
-        `replace` maps denoised images of the full size, (batch, channels, height, width), to others. Images on coarser
-        grids are enlarged to the full size, replaced, and cut back to their modes.
+        `replace` maps denoised images of the full size, (batch, channels, height, width), to others, see
+        `replace_on_grid` for those on coarser grids.
         """
         base, device = self._coarse_size(size), self._execution_device
         noise = NestedNoise(run.batch_size, self._channels, run.generator, run.periodic, device)
@@ -244,24 +261,15 @@ class DFUPipeline(DFUPipelineBase):
         else:
             noise.normals = coefficients_of(latents.to(device, torch.float32), run.periodic)
         scheduler = self._scheduler_of(run.num_inference_steps)
-        octaves = octave_sizes(size, base)
+        octaves, project, project_start = octave_sizes(size, base), None, None
+        if replace is not None:
+            project = partial(replace_on_grid, replace=replace, size=size, periodic=run.periodic)
+            project_start = partial(project, averaged=True)
         with self._progress(run, len(scheduler.timesteps) + self._refiner_calls(run, octaves)):
             start = noise.white(noise.normals[..., : base[0], : base[1]]) * scheduler.init_noise_sigma
             run.draw_noise = lambda shape: noise.white(noise.coefficients(shape[-2:]))
-
-            def project(picture, averaged=False):
-                """`replace` for the picture on a coarser grid."""
-                modes = to_modes(picture, size, run.periodic, averaged)
-                full = replace(from_modes(modes, size, run.periodic, averaged=True))
-                grid = picture.shape[-2:]
-                modes = to_modes(full, grid, run.periodic, averaged=True)
-                return from_modes(modes, grid, run.periodic, averaged)
-
-            project_start = None if replace is None else partial(project, averaged=True)
             picture = self._denoise(run, start, scheduler, run.predict, project_start)
-            modes = to_modes(picture, periodic=run.periodic, averaged=True)
-            picture = from_modes(modes, base, run.periodic)
-            project = None if replace is None else project
+            picture = unaverage_pixels(picture, run.periodic)
             picture = self._refine(run, picture, octaves, noise, project=project)
         return average_pixels(picture, run.periodic)
 

@@ -2,11 +2,12 @@
 """Parts of sampling octave by octave: noise that is the same at every size, and the refiner in strips."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 
-from ..models.modes import Axes, from_modes, mode_basis, num_modes, transform
+from ..models.modes import Axes, from_modes, mode_basis, num_modes, to_modes, transform
 from .noise import nested_normals
 
 COARSE_NOISE = 0.01  # standard deviation of the noise added to the coarse picture; the refiner is told this value
@@ -58,6 +59,20 @@ def coefficients_of(noise: torch.Tensor, periodic: Axes) -> torch.Tensor:
     """The coefficients from which `NestedNoise.white` would make this noise (..., H, W)."""
     rows, columns = (mode_basis(n, axis).to(noise) for n, axis in zip(noise.shape[-2:], periodic))
     return transform(rows, noise, columns)
+
+
+def replace_on_grid(
+    picture: torch.Tensor, replace: Callable, size: tuple[int, int], periodic: Axes, averaged: bool = False
+) -> torch.Tensor:
+    """The picture (..., h, w) of a coarser grid, enlarged to `size`, replaced there, and cut back to its modes.
+
+    Args:
+        replace: takes and returns pictures of the full size, whose pixels are averages.
+        averaged: whether the pixels of `picture` are averages rather than values at pixel centres.
+    """
+    grid = picture.shape[-2:]
+    full = replace(from_modes(to_modes(picture, size, periodic, averaged), size, periodic, averaged=True))
+    return from_modes(to_modes(full, grid, periodic, averaged=True), grid, periodic, averaged)
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

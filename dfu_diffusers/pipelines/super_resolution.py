@@ -20,7 +20,7 @@ from diffusers.utils import logging
 from PIL import Image
 
 from ..checks import real_number
-from ..models.modes import average_pixels, from_modes, octave_sizes, to_modes, transform
+from ..models.modes import average_pixels, octave_sizes, transform, unaverage_pixels
 from .checks import _check_count, _check_latents, _check_positive, _check_retired, _check_strength
 from .dfu import DFUPipeline, Run
 from .images import read_images
@@ -178,8 +178,8 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         """The image, enlarged, with the detail that the refiner adds beyond the image's modes."""
         periodic, octaves = run.periodic, octave_sizes(size, image.shape[-2:])
         noise = NestedNoise(run.batch_size, self._channels, run.generator, periodic, image.device)
-        noise.normals = None if latents is None else coefficients_of(latents.to(image), periodic)
-        picture = from_modes(to_modes(image, periodic=periodic, averaged=True), image.shape[-2:], periodic)
+noise.normals = None if latents is None else coefficients_of(latents.to(image), periodic)
+        picture = unaverage_pixels(image, periodic)
         with self._progress(run, self._refiner_calls(run, octaves)):
             return average_pixels(self._refine(run, picture, octaves, noise, noise_level), periodic)
 
