@@ -442,7 +442,7 @@ def test_a_compiled_refiner_of_dynamic_size(make_octaves, backend):
 
 @pytest.mark.slow
 def test_a_picture_of_8192_pixels_a_side_in_8_gib():
-    """With two calls in an octave, after which nothing more is kept; the width of a refiner matters in strips alone."""
+    """With two calls in an octave, more of which keep nothing more; the width of a refiner matters in strips alone."""
     code = """
 import resource
 import torch

@@ -178,7 +178,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         """The image, enlarged, with the detail that the refiner adds beyond the image's modes."""
         periodic, octaves = run.periodic, octave_sizes(size, image.shape[-2:])
         noise = NestedNoise(run.batch_size, self._channels, run.generator, periodic, image.device)
-noise.normals = None if latents is None else coefficients_of(latents.to(image), periodic)
+        noise.normals = None if latents is None else coefficients_of(latents.to(image), periodic)
         picture = unaverage_pixels(image, periodic)
         with self._progress(run, self._refiner_calls(run, octaves)):
             return average_pixels(self._refine(run, picture, octaves, noise, noise_level), periodic)
