@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=natural, default=0, help="of the first image")
     add("--num_inference_steps", type=count, default=18)
     add("--octave_steps", type=count, help="of the refiner, in each doubling of the size (default: the pipeline's)")
+    add("--class_labels", nargs="+", type=natural, help="classes to draw, in turn (default: all of the model's)")
     add("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct; see docs/zero_shot.md")
     add("--dtype", choices=DTYPES, default="float32", help="of the models, in sampling")
     add("--batch_size", type=count, default=32, help="images at once in each process")
@@ -207,7 +208,8 @@ class Evaluation:
         args, seed = self.args, self.args.seed
         pipe = DFUPipeline.from_pretrained(model, torch_dtype=DTYPES[args.dtype]).to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        source = ModelSource(pipe, num_inference_steps=args.num_inference_steps, **ways_to_sample(args))
+        steps = args.num_inference_steps
+        source = ModelSource(pipe, args.class_labels, num_inference_steps=steps, **ways_to_sample(args))
         folder = args.output_dir / "samples" / label.replace("/", "--")
         beyond = [size for size in self.sizes if self._coarse(size)]
         needed = bool(beyond) or ("agreement" in args.metrics and self.sizes != [self.training_size])

@@ -381,3 +381,17 @@ def test_damaged_files_and_infinite_pixels_are_named(tmp_path, model, make_model
         next(pipe.unet.parameters()).fill_(math.nan)
     with pytest.raises(ValueError, match="values that are not finite"):
         ModelSource(pipe, num_inference_steps=1).draw([0], (9, 8))
+
+
+def test_classes_in_turn(make_model):
+    """All of them, or those that are asked for; another choice is another collection."""
+    seen = []
+    unet = make_model(in_channels=3, num_class_embeds=3)
+    unet.register_forward_pre_hook(lambda _, args: seen.append(args[2].tolist()))
+    pipe = DFUPipeline(unet, EDMHeunScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    for classes, expected in ((None, [1, 2, 0]), ([2, 0], [2, 0, 2])):
+        ModelSource(pipe, classes, num_inference_steps=1).draw([4, 5, 6], (8, 8))
+        assert seen.pop() == expected
+    every, all_named, some = (ModelSource(pipe, classes).key((8, 8)) for classes in (None, [0, 1, 2], [2, 0]))
+    assert every == all_named != some

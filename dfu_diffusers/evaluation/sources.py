@@ -68,28 +68,32 @@ class ModelSource:
 
     Args:
         pipe: a `DFUPipeline`, its scheduler included.
+        classes: those of a class-conditional model to draw; by default all of them.
         options: more arguments of the pipeline, such as `strategy` or `num_inference_steps`.
     """
 
-    def __init__(self, pipe, **options):
+    def __init__(self, pipe, classes: Sequence[int] | None = None, **options):
         defaults = inspect.signature(type(pipe).__call__).parameters
         steps = ("num_inference_steps", "octave_steps") if pipe.refiner else ("num_inference_steps",)
         self.pipe, self.options = pipe, {name: defaults[name].default for name in steps} | options
+        self.classes = classes or range(pipe.unet.config.num_class_embeds or 0)
         models = {"": pipe.unet, " guided by ": pipe.guide, " refined by ": pipe.refiner}
         self.digest = "".join(name + weights_digest(model) for name, model in models.items() if model is not None)
 
     def key(self, size: Size) -> dict:
         config = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
         name = f"{type(self.pipe.scheduler).__name__} {digest(json.dumps(config, sort_keys=True).encode())}"
-        return {"weights": self.digest, "scheduler": name, **self.options}
+        every = list(self.classes) == list(range(self.pipe.unet.config.num_class_embeds or 0))
+        classes = {} if every else {"classes": list(self.classes)}
+        return {"weights": self.digest, "scheduler": name, **classes, **self.options}
 
     def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
         """(n, h, w, c) uint8."""
         height, width = size
-        classes = self.pipe.unet.config.num_class_embeds
+        classes = self.classes
         images = self.pipe(
             batch_size=len(indices), height=height, width=width,
-            class_labels=[seed % classes for seed in indices] if classes else None,
+            class_labels=[classes[seed % len(classes)] for seed in indices] if classes else None,
             generator=[torch.Generator().manual_seed(seed) for seed in indices], output_type="latent", **self.options,
         ).images  # fmt: skip
         if not images.isfinite().all():
