@@ -2,8 +2,10 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -52,6 +54,26 @@ def test_writing_the_same_step_again_replaces_it(save, tmp_path):
     save(3)
     save(3, contents=lambda folder: (folder / "more").write_text("x"))
     assert names(tmp_path / "checkpoint-3") == ["manifest.json", "more", "weights"]
+
+
+@pytest.mark.parametrize("step", [3, 5])  # of the second: it replaces the first, or is one too many beside it
+def test_a_kill_while_one_is_removed_leaves_no_half_of_it(save, tmp_path, monkeypatch, step):
+    class Killed(BaseException):
+        pass
+
+    def kill(folder, original=shutil.rmtree, **options):
+        for file in Path(folder).glob("weights"):
+            file.unlink()
+            raise Killed
+        original(folder, **options)
+
+    save(3)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", kill)
+        save(step, total_limit=1)
+    assert not any(map(find_corruption, find_checkpoints(tmp_path).values()))
+    save(7, total_limit=1)
+    assert names(tmp_path) == ["checkpoint-7"]
 
 
 @pytest.mark.parametrize(

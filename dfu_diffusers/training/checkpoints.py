@@ -25,7 +25,7 @@ from ..files import flush_to_disk
 from .options import Options, public_options
 
 logger = logging.getLogger(__name__)
-PARTIAL, MANIFEST, LOCK = "partial-checkpoint", "manifest.json", ".lock"
+PARTIAL, REMOVED, MANIFEST, LOCK = "partial-checkpoint", "removed-checkpoint", "manifest.json", ".lock"
 WEIGHTS, MOMENTS, SETTINGS = "model.safetensors", "optimizer.safetensors", "optimizer.json"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 FULL_DISK = ("PytorchStreamWriter", "inline_container")  # in torch's words for it, a RuntimeError
@@ -181,18 +181,21 @@ def save_checkpoint(accelerator, output: Path, step: int, save: Callable[[Path],
     Raises:
         CheckpointError: the disk is full or not writable. Earlier checkpoints are as they were.
     """
-    partial, folder = output / PARTIAL, output / f"checkpoint-{step}"
+    partial, removed, folder = output / PARTIAL, output / REMOVED, output / f"checkpoint-{step}"
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, removed):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         save(partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _write_manifest(partial)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                os.replace(folder, removed)
             os.replace(partial, folder)
+            shutil.rmtree(removed, ignore_errors=True)
             flush_to_disk(output)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_of_the_disk(error):
@@ -208,7 +211,8 @@ def save_checkpoint(accelerator, output: Path, step: int, save: Callable[[Path],
             shutil.rmtree(partial, ignore_errors=True)
     if accelerator.is_main_process:
         for old in list(find_checkpoints(output).values())[:-total_limit]:
-            shutil.rmtree(old)
+            os.replace(old, removed)  # at once: a kill leaves nothing that looks like a checkpoint
+            shutil.rmtree(removed, ignore_errors=True)
     return folder
 
 
