@@ -268,7 +268,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_training_that_is_signalled_again_and_again_saves_each_time(tmp_path, say, name, count=10):
-    """The small version is in test_train_dfu.py. A signal before the first step ends the program as it is."""
+    """The small version is in test_train_resume.py. A signal before the first step ends the program as it is."""
     results = interrupt(name, count, 8, tmp_path / "stopped", "--num_workers", 1)
     returned = results["ends"].count("returned")
     early = sum(end is None or end.startswith("interrupted") for end in results["ends"])
@@ -283,7 +283,7 @@ def test_a_training_that_is_signalled_again_and_again_saves_each_time(tmp_path, 
 
 @pytest.mark.slow
 def test_a_training_whose_workers_are_killed_says_so_and_goes_on(tmp_path, say, count=10):
-    """The small version is in test_train_dfu.py."""
+    """The small version is in test_train_faults.py."""
     results = interrupt("worker", count, 3, tmp_path / "robbed", "--num_workers", 2)
     told = [end for end in results["ends"] if end and "process that loads images died" in end]
     assert len(told) == count and results["damaged"] == [] and results["slowest"] < 60

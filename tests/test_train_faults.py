@@ -1,0 +1,196 @@
+"""Things that go wrong in a training run: each ends with one clear error, and nothing is lost."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from training_runs import ROOT, TINY, losses, state, train
+
+from dfu_diffusers.data.portraits import PortraitDataset
+from dfu_diffusers.training import reporter
+from dfu_diffusers.training import setup as training_setup
+from dfu_diffusers.training.reporter import Reporter
+from examples import train_dfu
+
+pytest_plugins = "training_runs"
+
+
+class Poisoned(PortraitDataset):
+    """Portraits, the images of training with these numbers being NaN."""
+
+    poisoned = range(4, 6)
+
+    def __getitems__(self, draws):
+        items = super().__getitems__([draw[:2] for draw in draws])
+        for draw, item in zip(draws, items):
+            if len(draw) == 3 and draw.number in self.poisoned:
+                item["image"] = item["image"] * float("nan")
+        return items
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_setup, "PortraitDataset", Poisoned)
+    train(tmp_path / "run", "--max_train_steps", "3", "--checkpointing_steps", "1", "--checkpoints_total_limit", "3")
+    assert [np.isfinite(float(row["loss"])) for row in losses(tmp_path / "run")] == [True, False, True]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    one, three = (state(tmp_path / "run", step) for step in (1, 3))
+    assert all(value == 2 for name, value in three["optimizer.safetensors"].items() if name.endswith(".step"))
+    assert not torch.equal(*(s["model.safetensors"]["conv_in.spatial.weight"] for s in (one, three)))
+
+
+def test_a_run_that_stays_not_finite_stops(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_setup, "PortraitDataset", Poisoned)
+    monkeypatch.setattr(Poisoned, "poisoned", range(9, 999))
+    with pytest.raises(SystemExit, match="Stopped after 3 steps in a row without a finite loss"):
+        train(tmp_path / "run", "--max_train_steps", "9", "--max_nonfinite_steps", "3")
+    assert "Step 5 at 8x8 skipped: loss nan" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]  # before step 3
+
+
+def poison_weights(self, done, *values, original=Reporter.log):
+    """As a step that overflows: its loss is finite, its result is not."""
+    original(self, done, *values)
+    if done == 4:
+        with torch.no_grad():
+            next(self.network.parameters()).fill_(float("inf"))
+
+
+@pytest.mark.parametrize(
+    "rate, log, message",
+    [
+        ("1e30", Reporter.log, "The loss is not finite in the last step, 4"),
+        ("1e-3", poison_weights, "The weights are not finite after step 4"),
+    ],
+)
+def test_what_has_diverged_is_neither_saved_nor_exported(tmp_path, monkeypatch, rate, log, message):
+    train(tmp_path, "--max_train_steps", "2")
+    exported = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    monkeypatch.setattr(Reporter, "log", log)
+    with pytest.raises(SystemExit, match=f"{message}.*diverged.*Go on from .*checkpoint-2") as error:
+        train(tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", rate, "--lr_scheduler", "constant")
+    assert error.value.code != 0
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == exported
+
+
+FAILING = """
+import sys
+from dfu_diffusers.training import setup
+from examples import train_dfu
+
+class Failing(setup.PortraitDataset):
+    def __getitems__(self, draws):
+        if any(draw[-1] == 12 for draw in draws):
+            raise OSError("portrait 12 cannot be read")
+        return super().__getitems__(draws)
+
+setup.PortraitDataset = Failing
+train_dfu.main(sys.argv[1:])
+"""
+
+
+def test_an_error_of_a_loader_ends_the_run_at_once(tmp_path):
+    """Its workers ignore SIGTERM, for which Python would wait in vain."""
+    options = [*TINY, "--output_dir", tmp_path / "run", "--num_workers", "2", "--num_validation_images", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FAILING, *map(str, options)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    lines = process.stderr.read().splitlines()  # until all that could write there, workers included, have ended
+    process.wait(timeout=30)
+    assert process.returncode == 1 and lines[-1] == "train_dfu.py: portrait 12 cannot be read"
+
+
+class Killed(PortraitDataset):
+    """Portraits whose process is killed, as the system does when memory runs out, at the image numbered 12."""
+
+    def __getitems__(self, draws):
+        if torch.utils.data.get_worker_info() and any(draw[-1] == 12 for draw in draws):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitems__(draws)
+
+
+def test_a_killed_loader_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_setup, "PortraitDataset", Killed)
+    with pytest.raises(SystemExit, match="loads images died.*Use fewer --num_workers.*--resume_from_checkpoint"):
+        train(tmp_path / "run", "--num_workers", "1", "--checkpointing_steps", "1")
+
+
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before(tmp_path, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def log_and_fill(self, done, *values, original=Reporter.log):
+        original(self, done, *values)
+        if done == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow beyond it
+
+    monkeypatch.setattr(Reporter, "log", log_and_fill)
+    try:
+        with pytest.raises(SystemExit, match="checkpoint-4 could not be written.*checkpoint-2 is intact"):
+            train(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    train(tmp_path, "--resume_from_checkpoint", "latest")
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match="file/run cannot be written to"):
+        train(tmp_path / "file" / "run")
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, caplog):
+    train(tmp_path)
+    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
+    with pytest.raises(SystemExit, match="another architecture: conv_type is dual there and spatial here"):
+        config = json.loads((train_dfu.CONFIGS / "tiny.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "conv_type": "spatial"}))
+        train(tmp_path, *resume, "--model_config", tmp_path / "config.json")
+    with pytest.raises(SystemExit, match="made with --batch_size 4, not 8"):
+        train(tmp_path, *resume, "--batch_size", "8")
+    with pytest.raises(SystemExit, match="holds no average 'power-0.1'"):
+        train(tmp_path, *resume, "--power_ema", "0.1")
+    with pytest.raises(SystemExit, match="has done 4 steps"):
+        train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
+    (tmp_path / "checkpoint-4" / "optimizer.json").write_bytes(b"cut")
+    with pytest.raises(SystemExit, match="optimizer.json is not as it was written.* Resume from .*checkpoint-2"):
+        train(tmp_path, "--max_train_steps", "6", "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    (tmp_path / "loss.csv").write_text((tmp_path / "loss.csv").read_text().replace("\n1,", "\none,"))
+    train(tmp_path, *resume)
+    assert "checkpoint-4 is damaged" in caplog.text and "1 damaged rows of" in caplog.text
+    assert [row["step"] for row in losses(tmp_path)] == list("23456")
+
+
+def test_what_changed_since_the_checkpoint_is_said_and_done(tmp_path, photos, capsys):
+    train(tmp_path / "run", "--train_data_dir", photos)
+    next(photos.rglob("4.png")).unlink()
+    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", 5, "--lr_scheduler", "constant"]
+    train(tmp_path / "run", "--train_data_dir", photos, *resume, "--learning_rate", 1e-5)
+    printed = capsys.readouterr().out
+    assert "learning_rate 0.001 -> 1e-05" in printed and "the images: " in printed
+    rates = [float(row["learning_rate"]) for row in losses(tmp_path / "run")]
+    assert rates[-1] == 1e-5 and rates[0] == 1e-3
+
+
+def test_a_run_whose_end_failed_can_still_be_finished(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no room"):
+        patch.setattr(reporter, "sample_sheet", lambda *arguments: (_ for _ in ()).throw(OSError("no room")))
+        train(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    train(tmp_path, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "README.md").exists() and (tmp_path / "samples.png").exists() and len(losses(tmp_path)) == 4
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    train(tmp_path, "--max_train_steps", "2")
+    kept = (tmp_path / "loss.csv").read_text()
+    with pytest.raises(SystemExit, match="holds checkpoint-2 of an earlier run"):
+        train(tmp_path)
+    assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "loss.csv").read_text() == kept
