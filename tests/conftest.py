@@ -10,6 +10,8 @@ from sampling import silent
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 from dfu_diffusers.training import reports
 
+pytest.register_assert_rewrite("training_runs")
+
 # On tensors this small one thread is far faster than two, here and in processes that tests start.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 

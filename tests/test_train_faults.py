@@ -4,13 +4,12 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from training_runs import ROOT, TINY, losses, state, train
+from forks import forked
+from training_runs import TINY, losses, run, state, train
 
 from dfu_diffusers.data.portraits import PortraitDataset
 from dfu_diffusers.training import reporter
@@ -79,32 +78,23 @@ def test_what_has_diverged_is_neither_saved_nor_exported(tmp_path, monkeypatch, 
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == exported
 
 
-FAILING = """
-import sys
-from dfu_diffusers.training import setup
-from examples import train_dfu
-
-class Failing(setup.PortraitDataset):
+class Failing(PortraitDataset):
     def __getitems__(self, draws):
         if any(draw[-1] == 12 for draw in draws):
             raise OSError("portrait 12 cannot be read")
         return super().__getitems__(draws)
 
-setup.PortraitDataset = Failing
-train_dfu.main(sys.argv[1:])
-"""
 
-
-def test_an_error_of_a_loader_ends_the_run_at_once(tmp_path):
+def test_an_error_of_a_loader_ends_the_run_at_once(tmp_path, monkeypatch, capfd):
     """Its workers ignore SIGTERM, for which Python would wait in vain."""
-    options = [*TINY, "--output_dir", tmp_path / "run", "--num_workers", "2", "--num_validation_images", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", FAILING, *map(str, options)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    lines = process.stderr.read().splitlines()  # until all that could write there, workers included, have ended
-    process.wait(timeout=30)
-    assert process.returncode == 1 and lines[-1] == "train_dfu.py: portrait 12 cannot be read"
+    monkeypatch.setattr(training_setup, "PortraitDataset", Failing)
+    options = ["--output_dir", tmp_path / "run", "--num_workers", "2", "--num_validation_images", "0"]
+    with forked(run, *TINY, *options) as process:
+        process.join(60)
+        assert process.exitcode == 1
+        assert capfd.readouterr().err.splitlines()[-1] == "train_dfu.py: portrait 12 cannot be read"
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # no worker is left
 
 
 class Killed(PortraitDataset):

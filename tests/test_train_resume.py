@@ -11,6 +11,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from forks import forked
 from safetensors.torch import load_file
 from training_runs import ROOT, TINY, assert_same, dropout_config, losses, run, state, train
 
@@ -27,24 +30,23 @@ THOROUGH = [
 ]  # fmt: skip
 
 
+def wait_for_steps(count, process, folder):
+    """Until the process has taken so many."""
+    deadline = time.monotonic() + 120
+    while not (folder / "loss.csv").exists() or len(losses(folder)) < count:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_killed_moved_and_resumed_it_ends_where_the_uninterrupted_run_does(tmp_path, photos):
     """kill -9 with loader workers, mixed and upsampled resolutions, accumulation, dropout, augmentation, two averages;
     then the output folder moves, and the run goes on with another number of workers."""
     options = [*TINY, *dropout_config(tmp_path), *THOROUGH, "--train_data_dir", photos]
     train(tmp_path / "whole", *options[len(TINY) :])
 
-    stopped = tmp_path / "stopped"
-    command = [sys.executable, ROOT / "examples" / "train_dfu.py", *options, "--num_workers", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # for the same bits
-    process = subprocess.Popen(
-        [*command, "--output_dir", str(stopped)], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    kill_after, deadline = np.random.default_rng().integers(3, 9), time.time() + 120
-    while not (stopped / "loss.csv").exists() or len(losses(stopped)) < kill_after:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    stopped, kill_after = tmp_path / "stopped", np.random.default_rng().integers(3, 9)
+    with forked(run, *options, "--num_workers", 2, "--output_dir", stopped) as process:
+        wait_for_steps(kill_after, process, stopped)
 
     stopped.rename(tmp_path / "moved")
     assert list((tmp_path / "moved").glob("checkpoint-*")), f"killed after step {kill_after}"
@@ -72,23 +74,15 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, name, monkeypatch, capsys):
     assert_same(state(tmp_path / "stopped", 6), state(tmp_path / "whole", 6))
 
 
-def test_a_signal_to_the_whole_group_saves_too(tmp_path, photos):
+def test_a_signal_to_the_whole_group_saves_too(tmp_path, photos, capfd):
     """Launchers signal the workers that load images as well, and more than once."""
-    command = [sys.executable, ROOT / "examples" / "train_dfu.py", *TINY, "--output_dir", tmp_path / "run"]
-    command += ["--train_data_dir", photos, "--num_workers", 2, "--max_train_steps", 10_000]
-    command += ["--checkpointing_steps", 10_000]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        list(map(str, command)), env=environment, start_new_session=True, stderr=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while not (tmp_path / "run" / "loss.csv").exists() or len(losses(tmp_path / "run")) < 2:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM), os.killpg(process.pid, signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Stopped by SIGTERM after step" in printed
+    options = ["--train_data_dir", photos, "--num_workers", 2, "--output_dir", tmp_path / "run"]
+    options += ["--max_train_steps", 10_000, "--checkpointing_steps", 10_000]
+    with forked(run, *TINY, *options) as process:
+        wait_for_steps(2, process, tmp_path / "run")
+        os.killpg(process.pid, signal.SIGTERM), os.killpg(process.pid, signal.SIGTERM)
+        process.join(60)
+    assert process.exitcode == 0 and "Stopped by SIGTERM after step" in capfd.readouterr().out
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
@@ -167,8 +161,9 @@ def test_two_processes_do_what_one_does(tmp_path):
     """Ten steps of 2 x 4 images equal ten steps of 8, resolutions, losses and averaged weights; and a run may go on
     with another number of processes."""
     run(*DISTRIBUTED, "--output_dir", tmp_path / "one")
-    facts = launch("multi_gpu.yaml", tmp_path / "two", *DISTRIBUTED)
-    assert facts["processes"] == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(run, (*DISTRIBUTED, "--output_dir", tmp_path / "two"), num_processes=2)  # forks
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     assert_close(tmp_path / "one", tmp_path / "two")
     assert {row["resolution"] for row in losses(tmp_path / "two")} == {"8x8", "8x12"}
 
@@ -178,8 +173,12 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, kind", [("fsdp.yaml", "FSDP"), ("deepspeed_zero2.yaml", "DEEPSPEED")])
-def test_sharded_training_does_what_one_process_does(tmp_path, config, kind):
+@pytest.mark.parametrize(
+    "config, kind",
+    [("multi_gpu.yaml", "MULTI_CPU"), ("fsdp.yaml", "FSDP"), ("deepspeed_zero2.yaml", "DEEPSPEED")],
+)
+def test_launched_training_does_what_one_process_does(tmp_path, config, kind):
+    """With the configurations for `accelerate launch`, sharded ones included."""
     if kind == "DEEPSPEED":
         pytest.importorskip("deepspeed")
     run(*DISTRIBUTED, "--output_dir", tmp_path / "one")
