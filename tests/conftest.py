@@ -30,14 +30,17 @@ def short_sheets():
 
 
 @pytest.fixture
-def two_steps(monkeypatch):
+def few_steps(monkeypatch):
     """Function that makes samplers hasten: whether a page runs shows after two steps."""
     set_timesteps = EDMHeunScheduler.set_timesteps
 
-    def few(scheduler, num_inference_steps=None, *args, **kwargs):
-        set_timesteps(scheduler, min(num_inference_steps, 2) if num_inference_steps else None, *args, **kwargs)
+    def hasten(most=2):
+        def few(scheduler, num_inference_steps=None, *args, **kwargs):
+            set_timesteps(scheduler, min(num_inference_steps, most) if num_inference_steps else None, *args, **kwargs)
 
-    return lambda: monkeypatch.setattr(EDMHeunScheduler, "set_timesteps", few)
+        monkeypatch.setattr(EDMHeunScheduler, "set_timesteps", few)
+
+    return hasten
 
 
 @pytest.fixture(scope="session")

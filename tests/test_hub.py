@@ -791,7 +791,7 @@ def test_the_hub_validates_the_card_before_anything_is_sent(hub, folder):
             "---\nlibrary_name: !!binary aGVsbG8=\npipeline_tag: [1]\ntags: a\n---\n",
             "library_name, pipeline_tag bel",
         ),
-        ("---\n" + "[" * 5000 + "\n---\n", "cannot be read"),
+        ("---\n" + "[" * 1000 + "\n---\n", "cannot be read"),
     ],
 )
 def test_a_card_without_metadata_is_refused_before_anything_is_sent(hub, folder, text, message):

@@ -108,13 +108,13 @@ def test_an_installed_wheel_is_whole(tmp_path):
     assert "Publish a saved pipeline." in done.stdout
 
 
-def test_python_in_the_readme_runs(tmp_path, monkeypatch, two_steps):
+def test_python_in_the_readme_runs(tmp_path, monkeypatch, few_steps):
     """The five-line use and what goes on from it, on the shipped checkpoint."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    two_steps()
+    few_steps()
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
