@@ -114,6 +114,8 @@ sys.path.insert(0, {str(package.parent)!r})
 import dfu_diffusers
 from diffusers import DiffusionPipeline
 assert dfu_diffusers.DFUModel.__module__ == "dfu_diffusers.new_models.dfu"
+wings = {{f"dfu_diffusers.{{wing}}" for wing in ("data", "training", "evaluation", "hub")}}
+assert not sys.modules.keys() & {{"datasets", "matplotlib", *wings}}, "the import brings in no training code"
 for pipe in (DiffusionPipeline.from_pretrained({str(tmp_path / "pipe")!r}),
              dfu_diffusers.DFUPipeline.from_pretrained({str(tmp_path / "alone")!r})):
     assert type(pipe.unet) is dfu_diffusers.DFUModel

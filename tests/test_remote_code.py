@@ -63,36 +63,27 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- Push, clear the cache, load in a fresh process, same image ---
+# --- Push, clear the cache, load, same image ---
 
 
-def test_a_fresh_process_with_the_package(hub, folder, pipe, tmp_path):
-    """Which brings in no training code."""
+def test_with_the_package(hub, folder, pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     push_folder(folder, check_push("me/plain"))
     push_folder(folder, check_push("me/alone"), self_contained=True)
-    code = f"""
-from dfu_diffusers import DFUModel, DFUPipeline, EDMHeunScheduler
-from diffusers import AutoModel, DiffusionPipeline
-wings = {{f"dfu_diffusers.{{wing}}" for wing in ("data", "training", "evaluation", "hub")}}
-assert not sys.modules.keys() & {{"datasets", "matplotlib", *wings}}
-pipes = [DFUPipeline.from_pretrained("me/plain"), DiffusionPipeline.from_pretrained("me/plain"),
-         DFUPipeline.from_pretrained("me/alone")]
-models = [AutoModel.from_pretrained("me/plain", subfolder="unet"),
-          DFUModel.from_pretrained("me/alone", subfolder="unet")]
-pipes += [DFUPipeline(model, EDMHeunScheduler()) for model in models]
-assert {{type(part) for pipe in pipes for part in (pipe, *pipe.components.values()) if part}} == {{
-    DFUPipeline, DFUModel, EDMHeunScheduler}}
-assert "diffusers_modules" not in sys.modules
-# With the flag and diffusers' own loader it is the repository's code that runs, package or not.
-pipes.append(DiffusionPipeline.from_pretrained("me/alone", trust_remote_code=True))
-assert type(pipes[-1].unet).__module__.startswith("diffusers_modules.")
-numpy.save({str(tmp_path / "images.npy")!r}, [draw(pipe) for pipe in pipes])
-"""
-    assert "Expected types" not in run(code, hub.environment(tmp_path / "home"))
-    images = np.load(tmp_path / "images.npy")
-    assert len(images) == 6
-    for image in images:
-        assert_same_image(image, draw(pipe))
+    pipes = [
+        DFUPipeline.from_pretrained("me/plain"),
+        DiffusionPipeline.from_pretrained("me/plain"),
+        DFUPipeline.from_pretrained("me/alone"),
+        DFUPipeline(AutoModel.from_pretrained("me/plain", subfolder="unet"), EDMHeunScheduler()),
+        DFUPipeline(DFUModel.from_pretrained("me/alone", subfolder="unet"), EDMHeunScheduler()),
+    ]
+    parts = [part for pipe in pipes for part in (pipe, *pipe.components.values()) if part]
+    assert {type(part) for part in parts} == {DFUPipeline, DFUModel, EDMHeunScheduler}
+    # With the flag and diffusers' own loader it is the repository's code that runs, package or not.
+    pipes.append(DiffusionPipeline.from_pretrained("me/alone", trust_remote_code=True))
+    assert type(pipes[-1].unet).__module__.startswith("diffusers_modules.")
+    for each in pipes:
+        assert_same_image(draw(each), draw(pipe))
 
 
 def test_a_fresh_process_without_the_package_and_a_round_trip(hub, folder, pipe, tmp_path):
