@@ -399,6 +399,7 @@ def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypat
             return images.mean((2, 3))
 
     monkeypatch.setattr(experiment, "execute", execute)
+    monkeypatch.setattr(evaluate_dfu, "plot_curves", lambda *_: None)  # seconds; its own tests draw them
     monkeypatch.setattr(evaluate_dfu.extractors, "load_extractor", lambda *_: Mean())
     monkeypatch.chdir(tmp_path)
     options = ["--output_dir", "out", "--results_dir", "results"]

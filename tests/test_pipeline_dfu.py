@@ -53,7 +53,7 @@ def small_pipe(make_pipe):
     return make_pipe()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_every_small_size(small_pipe, height, width):
     (image,) = small_pipe(height=height, width=width, num_inference_steps=2, generator=seeded(0)).images
@@ -84,9 +84,9 @@ def test_integers_of_numpy_and_torch_are_integers(pipe):
 # --- Output types ---
 
 
-@pytest.mark.parametrize("size", [(5, 7), (1, 7), (7, 1), (1, 1)])
+@pytest.mark.parametrize("size", [(1, 7), (7, 1), (1, 1)])
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_pil_modes_also_at_a_side_of_one_pixel(make_pipe, channels, mode, size):
+def test_pil_modes_at_a_side_of_one_pixel(make_pipe, channels, mode, size):
     pipe = make_pipe(in_channels=channels, out_channels=channels)
     kwargs = dict(height=size[0], width=size[1])
     (image,) = sample(pipe, output_type="pil", **kwargs)
@@ -202,14 +202,11 @@ def test_unknown_arguments(pipe):
 # --- Class labels ---
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [[2, 2, 2], (2, 2, 2), torch.tensor([2, 2, 2]), torch.tensor(2), np.int64(2), torch.tensor([2] * 3).byte()],
-)
-def test_class_labels_in_every_form(make_pipe, labels):
+def test_class_labels_in_every_form(make_pipe):
     pipe = make_pipe(num_class_embeds=3)
-    expected = sample(pipe, batch_size=3, class_labels=2)
-    assert_near(sample(pipe, batch_size=3, class_labels=labels), expected)
+    expected, three = sample(pipe, batch_size=3, class_labels=2), torch.tensor([2, 2, 2])
+    for labels in ([2, 2, 2], (2, 2, 2), three, three.byte(), torch.tensor(2), np.int64(2)):
+        assert_near(sample(pipe, batch_size=3, class_labels=labels), expected)
     assert not torch.allclose(sample(pipe, batch_size=3, class_labels=[2, 2, 0])[2], expected[2])
 
 

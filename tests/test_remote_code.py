@@ -99,6 +99,11 @@ for place in ("me/alone", {str(tmp_path / "saved")!r}):
     pipe.unet = AutoModel.from_pretrained(place, subfolder="unet", trust_remote_code=True)
     images.append(draw(pipe))
 numpy.save({str(tmp_path / "images.npy")!r}, images)
+
+del sys.modules["dfu_diffusers"]
+import dfu_diffusers
+wings = {{f"dfu_diffusers.{{wing}}" for wing in ("data", "training", "evaluation", "hub")}}
+assert not sys.modules.keys() & {{"datasets", "matplotlib", *wings}}, "the import brings in no training code"
 """
     warnings = run(code, hub.environment(tmp_path / "home"))
     assert "not found in your environment" not in warnings and "not expected" not in warnings

@@ -8,15 +8,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import losses, train
+from training_runs import losses, train, weights
 
 from dfu_diffusers import DFUPipeline
+from dfu_diffusers.training import reports
 from dfu_diffusers.training.ema import reconstruct
 
 pytest_plugins = ["hub_stand_in", "training_runs"]
 
 
-def test_a_run_leaves_a_pipeline_pictures_and_tables(tmp_path):
+def test_a_run_leaves_a_pipeline_pictures_and_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "STEPS", 3)  # enough for colours
     train(
         tmp_path, "--max_train_steps", "5", "--report_to", "tensorboard", "--report_images", "8",
         "--power_ema", "0.05", "0.1",
@@ -64,15 +66,14 @@ def test_training_lowers_the_loss(tmp_path):
     assert held_out[2] < held_out[0] and held_out[3] < held_out[1]
 
 
-def test_micro_batches_do_not_change_the_result(tmp_path):
-    whole = train(tmp_path / "whole")
-    split = train(tmp_path / "split", "--max_pixels_per_batch", "100")
+def test_micro_batches_do_not_change_the_result(tmp_path, finished):
+    whole, split = weights(finished), train(tmp_path, "--max_pixels_per_batch", "100")
     assert max((whole[name] - split[name]).abs().max() for name in whole) < 1e-5
 
 
-def test_bf16_learns_about_the_same(tmp_path):
-    train(tmp_path / "single"), train(tmp_path / "half", "--mixed_precision", "bf16")
-    single, half = ([float(row["loss"]) for row in losses(tmp_path / name)] for name in ("single", "half"))
+def test_bf16_learns_about_the_same(tmp_path, finished):
+    train(tmp_path, "--mixed_precision", "bf16")
+    single, half = ([float(row["loss"]) for row in losses(folder)] for folder in (finished, tmp_path))
     assert single == pytest.approx(half, rel=0.02) and single != half
 
 

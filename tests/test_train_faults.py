@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 
 import numpy as np
@@ -67,15 +68,16 @@ def poison_weights(self, done, *values, original=Reporter.log):
         ("1e-3", poison_weights, "The weights are not finite after step 4"),
     ],
 )
-def test_what_has_diverged_is_neither_saved_nor_exported(tmp_path, monkeypatch, rate, log, message):
-    train(tmp_path, "--max_train_steps", "2")
-    exported = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+def test_what_has_diverged_is_neither_saved_nor_exported(finished_copy, monkeypatch, rate, log, message):
+    folder = finished_copy
+    shutil.rmtree(folder / "checkpoint-4")
+    exported = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     monkeypatch.setattr(Reporter, "log", log)
     with pytest.raises(SystemExit, match=f"{message}.*diverged.*Go on from .*checkpoint-2") as error:
-        train(tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", rate, "--lr_scheduler", "constant")
+        train(folder, "--resume_from_checkpoint", "latest", "--learning_rate", rate, "--lr_scheduler", "constant")
     assert error.value.code != 0
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
-    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == exported
+    assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == exported
 
 
 class Failing(PortraitDataset):
@@ -136,26 +138,26 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
         train(tmp_path / "file" / "run")
 
 
-def test_checkpoints_that_do_not_fit_are_refused(tmp_path, caplog):
-    train(tmp_path)
+def test_checkpoints_that_do_not_fit_are_refused(finished_copy, caplog):
+    folder = finished_copy
     resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "6"]
     with pytest.raises(SystemExit, match="another architecture: conv_type is dual there and spatial here"):
         config = json.loads((train_dfu.CONFIGS / "tiny.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "conv_type": "spatial"}))
-        train(tmp_path, *resume, "--model_config", tmp_path / "config.json")
+        (folder / "config.json").write_text(json.dumps({**config, "conv_type": "spatial"}))
+        train(folder, *resume, "--model_config", folder / "config.json")
     with pytest.raises(SystemExit, match="made with --batch_size 4, not 8"):
-        train(tmp_path, *resume, "--batch_size", "8")
+        train(folder, *resume, "--batch_size", "8")
     with pytest.raises(SystemExit, match="holds no average 'power-0.1'"):
-        train(tmp_path, *resume, "--power_ema", "0.1")
+        train(folder, *resume, "--power_ema", "0.1")
     with pytest.raises(SystemExit, match="has done 4 steps"):
-        train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
-    (tmp_path / "checkpoint-4" / "optimizer.json").write_bytes(b"cut")
+        train(folder, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
+    (folder / "checkpoint-4" / "optimizer.json").write_bytes(b"cut")
     with pytest.raises(SystemExit, match="optimizer.json is not as it was written.* Resume from .*checkpoint-2"):
-        train(tmp_path, "--max_train_steps", "6", "--resume_from_checkpoint", tmp_path / "checkpoint-4")
-    (tmp_path / "loss.csv").write_text((tmp_path / "loss.csv").read_text().replace("\n1,", "\none,"))
-    train(tmp_path, *resume)
+        train(folder, "--max_train_steps", "6", "--resume_from_checkpoint", folder / "checkpoint-4")
+    (folder / "loss.csv").write_text((folder / "loss.csv").read_text().replace("\n1,", "\none,"))
+    train(folder, *resume)
     assert "checkpoint-4 is damaged" in caplog.text and "1 damaged rows of" in caplog.text
-    assert [row["step"] for row in losses(tmp_path)] == list("23456")
+    assert [row["step"] for row in losses(folder)] == list("23456")
 
 
 def test_what_changed_since_the_checkpoint_is_said_and_done(tmp_path, photos, capsys):
@@ -178,9 +180,8 @@ def test_a_run_whose_end_failed_can_still_be_finished(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").exists() and (tmp_path / "samples.png").exists() and len(losses(tmp_path)) == 4
 
 
-def test_an_earlier_run_is_not_overwritten(tmp_path):
-    train(tmp_path, "--max_train_steps", "2")
-    kept = (tmp_path / "loss.csv").read_text()
-    with pytest.raises(SystemExit, match="holds checkpoint-2 of an earlier run"):
-        train(tmp_path)
-    assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "loss.csv").read_text() == kept
+def test_an_earlier_run_is_not_overwritten(finished_copy):
+    kept = (finished_copy / "loss.csv").read_text()
+    with pytest.raises(SystemExit, match="holds checkpoint-4 of an earlier run"):
+        train(finished_copy)
+    assert (finished_copy / "checkpoint-4").is_dir() and (finished_copy / "loss.csv").read_text() == kept

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import TINY, assert_same, dropout_config, losses, parse, run, state, train
+from training_runs import TINY, assert_same, dropout_config, losses, parse, run, state, train, weights
 
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers.data.portraits import PortraitDataset
@@ -122,11 +122,10 @@ def test_files_that_describe_no_model_of_ours(tmp_path, text, message):
         train(tmp_path / "run", "--model_config", tmp_path / "config.json")
 
 
-def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(tmp_path):
-    train(tmp_path / "base")
-    before = load_file(tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+def test_fine_tuning_moves_what_is_not_frozen_and_nothing_else(tmp_path, finished):
+    before = weights(finished)
     run(
-        *TINY[2:], "--init_from", tmp_path / "base", "--freeze", "spatial", "level:0.norm", "embedding",
+        *TINY[2:], "--init_from", finished, "--freeze", "spatial", "level:0.norm", "embedding",
         "--upsample_resolutions", 16, "--upsample_weight", 0.9, "--output_dir", tmp_path / "tuned",
     )  # fmt: skip
     after = load_file(tmp_path / "tuned" / "checkpoint-4" / "model.safetensors")

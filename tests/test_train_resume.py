@@ -56,22 +56,20 @@ def test_killed_moved_and_resumed_it_ends_where_the_uninterrupted_run_does(tmp_p
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_ends_the_run(tmp_path, name, monkeypatch, capsys):
-    train(tmp_path / "whole", "--max_train_steps", "6")
-
+def test_a_signal_saves_and_ends_the_run(tmp_path, finished, name, monkeypatch, capsys):
     def log_and_signal(self, done, *values, original=Reporter.log):
         original(self, done, *values)
-        if done == 3:
+        if done == 2:
             signal.raise_signal(getattr(signal, name))
 
     with monkeypatch.context() as patch:
         patch.setattr(Reporter, "log", log_and_signal)
-        run(*TINY, "--output_dir", tmp_path / "stopped", "--max_train_steps", 6)
-    # The signal came while step 3 was reported, so step 4 is the first to know.
-    assert f"Stopped by {name} after step 4" in capsys.readouterr().out
-    assert not (tmp_path / "stopped" / "unet").exists()
-    train(tmp_path / "stopped", "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
-    assert_same(state(tmp_path / "stopped", 6), state(tmp_path / "whole", 6))
+        run(*TINY, "--output_dir", tmp_path)
+    # The signal came while step 2 was reported, so step 3 is the first to know.
+    assert f"Stopped by {name} after step 3" in capsys.readouterr().out
+    assert not (tmp_path / "unet").exists()
+    train(tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-3")
+    assert_same(state(tmp_path, 4), state(finished, 4))
 
 
 def test_a_signal_to_the_whole_group_saves_too(tmp_path, photos, capfd):

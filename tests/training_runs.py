@@ -1,10 +1,11 @@
 """Runs of the training script on the tiny preset, and what they leave: for the tests of it.
 
-Its fixture is used by `pytest_plugins = "training_runs"`.
+Its fixtures are used by `pytest_plugins = "training_runs"`.
 """
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,26 @@ def run(*options):
 
 def train(folder, *options):
     run(*TINY, "--output_dir", folder, *options)
+    return weights(folder)
+
+
+def weights(folder):
+    """Those of its pipeline."""
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a run by the options of TINY alone, which stays as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """One that a test may change."""
+    return shutil.copytree(finished, tmp_path / "finished")
 
 
 @pytest.fixture
