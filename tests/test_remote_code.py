@@ -63,27 +63,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- Push, clear the cache, load, same image ---
-
-
-def test_with_the_package(hub, folder, pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    push_folder(folder, check_push("me/plain"))
-    push_folder(folder, check_push("me/alone"), self_contained=True)
-    pipes = [
-        DFUPipeline.from_pretrained("me/plain"),
-        DiffusionPipeline.from_pretrained("me/plain"),
-        DFUPipeline.from_pretrained("me/alone"),
-        DFUPipeline(AutoModel.from_pretrained("me/plain", subfolder="unet"), EDMHeunScheduler()),
-        DFUPipeline(DFUModel.from_pretrained("me/alone", subfolder="unet"), EDMHeunScheduler()),
-    ]
-    parts = [part for pipe in pipes for part in (pipe, *pipe.components.values()) if part]
-    assert {type(part) for part in parts} == {DFUPipeline, DFUModel, EDMHeunScheduler}
-    # With the flag and diffusers' own loader it is the repository's code that runs, package or not.
-    pipes.append(DiffusionPipeline.from_pretrained("me/alone", trust_remote_code=True))
-    assert type(pipes[-1].unet).__module__.startswith("diffusers_modules.")
-    for each in pipes:
-        assert_same_image(draw(each), draw(pipe))
+# --- Push, load in a fresh process, same image ---
 
 
 def test_a_fresh_process_without_the_package_and_a_round_trip(hub, folder, pipe, tmp_path):

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from training_runs import assert_same, train
 
 from dfu_diffusers import DFUPipeline
@@ -78,15 +77,6 @@ def test_broken_images_are_named_and_left_out(tmp_path, photos, caplog):
     named = caplog.text
     assert "empty.png" in named and "text.jpg" in named and "cut.png" in named and "notes.txt" not in named
     assert "notes" not in json.loads((tmp_path / "run" / "run.json").read_text())["data"]["description"]
-
-
-def test_photographs_that_ship_inside_scikit_image(tmp_path):
-    data = pytest.importorskip("skimage.data")
-    (tmp_path / "photos").mkdir()
-    for name in ("astronaut", "camera", "coins"):  # colour, grey, grey
-        Image.fromarray(getattr(data, name)()).save(tmp_path / "photos" / f"{name}.png")
-    train(tmp_path / "run", "--max_train_steps", "2", "--train_data_dir", tmp_path / "photos", "--random_flip")
-    assert (tmp_path / "run" / "model_index.json").is_file()
 
 
 def test_small_images_and_empty_folders(tmp_path, photos):
