@@ -61,6 +61,11 @@ def test_a_refiner_is_trained_and_resumed_and_goes_with_a_trunk(tmp_path, refine
     pipe = DFUPipeline.from_pretrained(tmp_path / "trunk", refiner=refiner)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(height=20, width=13, num_inference_steps=1, octave_steps=1).images[0].size == (13, 20)
+
+    several = [*trunk[:3], "8", "6x11", *trunk[-2:], "--max_train_steps", "1"]
+    train(tmp_path / "several", *several)
+    assert DFUPipeline.from_pretrained(tmp_path / "several").unet.config.coarse_sizes == [[8, 8], [6, 11]]
+
     tuned = ["--init_from", tmp_path / "whole", "--resolutions", "8", "--output_dir", tmp_path / "tuned"]
     run(*TINY[2:], *tuned, "--max_train_steps", "1")
     assert DFUSuperResolutionPipeline.from_pretrained(tmp_path / "tuned").refiner.config.coarse_size == 4
