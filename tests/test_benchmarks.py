@@ -20,14 +20,7 @@ from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.tables import report
 from dfu_diffusers.models.spectral import SpectralConv2d
 from examples import evaluate_dfu, train_dfu
-from experiments import (
-    compare_precisions,
-    experiment,
-    heldout_loss,
-    inpaint,
-    octaves,
-    super_resolution,
-)
+from experiments import compare_precisions, experiment, heldout_loss, inpaint, octaves, super_resolution
 from textbook import RfftSpectralConv2d
 
 # --- Speed and memory ---

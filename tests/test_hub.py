@@ -793,10 +793,7 @@ def test_the_hub_validates_the_card_before_anything_is_sent(hub, folder):
         ("---\nlibrary_name: diffusers\ntags: []\n---\n", "lack pipeline_tag, tags"),
         ("---\ntags: [\n---\n", "cannot be read"),
         ("---\n- a list\n---\n", "cannot be read"),
-        (
-            "---\nlibrary_name: !!binary aGVsbG8=\npipeline_tag: [1]\ntags: a\n---\n",
-            "library_name, pipeline_tag bel",
-        ),
+        ("---\nlibrary_name: !!binary aGVsbG8=\npipeline_tag: [1]\ntags: a\n---\n", "library_name, pipeline_tag bel"),
         ("---\n" + "[" * 1000 + "\n---\n", "cannot be read"),
     ],
 )

@@ -492,10 +492,7 @@ class CosineLevels(EDMEulerScheduler):
         (DDIMScheduler(), "must precondition the network as EDM does, but DDIMScheduler does not: use `EDMHeunSch"),
         (EulerDiscreteScheduler.from_config(EDMHeunScheduler().config), "but EulerDiscreteScheduler does not"),
         (CosineLevels(), "but CosineLevels does not"),
-        (
-            EDMEulerScheduler(prediction_type="sample"),
-            "`prediction_type` .*, but EDMEulerScheduler has 'sample'",
-        ),
+        (EDMEulerScheduler(prediction_type="sample"), "`prediction_type` .*, but EDMEulerScheduler has 'sample'"),
         (EDMEulerScheduler(sigma_data=0.0), "`sigma_data` must be a positive number, but EDMEulerScheduler has 0.0"),
     ],
 )

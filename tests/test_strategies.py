@@ -4,12 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, UNet2DModel
 from reference.spectral import band_limited, coefficient
 from sampling import GaussianDenoiser, assert_near, pipe_calls, relative_error, sample, seeded, silent, spy
 

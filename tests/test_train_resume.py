@@ -172,8 +172,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config, kind",
-    [("multi_gpu.yaml", "MULTI_CPU"), ("fsdp.yaml", "FSDP"), ("deepspeed_zero2.yaml", "DEEPSPEED")],
+    "config, kind", [("multi_gpu.yaml", "MULTI_CPU"), ("fsdp.yaml", "FSDP"), ("deepspeed_zero2.yaml", "DEEPSPEED")]
 )
 def test_launched_training_does_what_one_process_does(tmp_path, config, kind):
     """With the configurations for `accelerate launch`, sharded ones included."""
