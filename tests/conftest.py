@@ -10,6 +10,8 @@ from sampling import silent
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 from dfu_diffusers.training import reports
 
+pytest.register_assert_rewrite("training_runs")
+
 # On tensors this small one thread is far faster than two, here and in processes that tests start.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
@@ -21,21 +23,24 @@ def generator():
 
 @pytest.fixture(scope="session", autouse=True)
 def short_sheets():
-    """Sheets of samples take three steps: 18 would be most of the time of the tests that train."""
+    """Sheets of samples take one step: 18 would be most of the time of the tests that train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports, "STEPS", 3)
+        patch.setattr(reports, "STEPS", 1)
         yield
 
 
 @pytest.fixture
-def two_steps(monkeypatch):
+def few_steps(monkeypatch):
     """Function that makes samplers hasten: whether a page runs shows after two steps."""
     set_timesteps = EDMHeunScheduler.set_timesteps
 
-    def few(scheduler, num_inference_steps=None, *args, **kwargs):
-        set_timesteps(scheduler, min(num_inference_steps, 2) if num_inference_steps else None, *args, **kwargs)
+    def hasten(most=2):
+        def few(scheduler, num_inference_steps=None, *args, **kwargs):
+            set_timesteps(scheduler, min(num_inference_steps, most) if num_inference_steps else None, *args, **kwargs)
 
-    return lambda: monkeypatch.setattr(EDMHeunScheduler, "set_timesteps", few)
+        monkeypatch.setattr(EDMHeunScheduler, "set_timesteps", few)
+
+    return hasten
 
 
 @pytest.fixture(scope="session")

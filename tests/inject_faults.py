@@ -1,10 +1,5 @@
 """What test_faults.py needs: a small run with its checkpoint, files that run code if unpickled, and a training that is
 interrupted again and again.
-
-    torchrun --nproc_per_node 2 tests/inject_faults.py hostile FOLDER
-    python tests/inject_faults.py SIGKILL|SIGTERM|SIGINT|worker COUNT SECONDS OUTPUT OPTIONS...
-
-Both print JSON.
 """
 
 import contextlib
@@ -15,12 +10,14 @@ import pickle
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+import training_runs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from forks import forked
 
 from dfu_diffusers import DFUModel
 from dfu_diffusers.training.checkpoints import (
@@ -123,33 +120,27 @@ def attack_everywhere(folder: Path) -> list:
     ]
 
 
-def print_attacks(folder: Path) -> None:
-    """Of all processes."""
-    from accelerate.utils import gather_object
-
-    results = gather_object(attack_everywhere(folder))
-    run = Accelerator(cpu=True)
-    run.print(json.dumps({"processes": run.num_processes, "kind": run.distributed_type, "results": results}))
-    run.end_training()
+def write_attacks(folder: Path) -> None:
+    """Of all processes, to attacks.json."""
+    results, state = gather_object(attack_everywhere(folder)), PartialState()
+    if state.is_main_process:
+        told = {"processes": state.num_processes, "kind": state.distributed_type, "results": results}
+        (folder / "attacks.json").write_text(json.dumps(told))
 
 
 # --- A training that is interrupted ---
 
 
 def train_and_tell(options: list[str], told: Path) -> None:
-    """In a process of its own, the leader of its group: train, and write how it ended."""
-    os.setpgid(0, 0)
-    from examples import train_dfu
-
+    """Train, and write how it ended."""
     try:
-        train_dfu.main(options)
+        training_runs.run(*options)
         end = "returned"
     except SystemExit as error:
         end = str(error.code)
     except KeyboardInterrupt:
         end = "interrupted before the first step"
     told.write_text(end)
-    os._exit(0)
 
 
 def children(process: int) -> list[int]:
@@ -185,7 +176,7 @@ def last_step(output: Path) -> int:
 
 
 def interrupt_again_and_again(kind: str, count: int, seconds: float, output: Path, options: list[str]) -> dict:
-    """Train in forks of this process, which has imported all there is, and end each; what they did.
+    """Train in forks of this process and end each; what they did.
 
     Returns:
         ends: how each said that it ended; None for those that could not.
@@ -194,32 +185,18 @@ def interrupt_again_and_again(kind: str, count: int, seconds: float, output: Pat
         slowest: seconds from a signal to the end of its process.
         step: of the last checkpoint.
     """
-    import examples.train_dfu  # noqa: F401  before the fork
-
     told, results = output.with_name("told"), {"ends": [], "saved": 0, "damaged": [], "slowest": 0.0}
     for _ in range(count):
         told.unlink(missing_ok=True)
         resume = ["--resume_from_checkpoint", "latest"] if find_checkpoints(output) else []
-        if not (process := os.fork()):
-            train_and_tell([*options, "--output_dir", str(output), *resume], told)
-        with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.setpgid(process, process)  # whoever comes first
-        if not interrupt(kind, process, seconds):
-            raise RuntimeError(f"The run ended by itself: {told.read_text()}")
-        start = time.monotonic()
-        os.waitpid(process, 0)
-        results["slowest"] = max(results["slowest"], time.monotonic() - start)
+        with forked(train_and_tell, [*options, "--output_dir", output, *resume], told) as process:
+            if not interrupt(kind, process.pid, seconds):
+                raise RuntimeError(f"The run ended by itself: {told.read_text()}")
+            start = time.monotonic()
+            process.join()
+            results["slowest"] = max(results["slowest"], time.monotonic() - start)
         results["ends"].append(told.read_text() if told.exists() else None)
         found = find_checkpoints(output)
         results["damaged"] += [str(path) for path in found.values() if find_corruption(path)]
         results["saved"] += bool(found) and max(found) == last_step(output)
     return {**results, "step": max(find_checkpoints(output), default=0)}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "hostile":
-        print_attacks(Path(sys.argv[2]))
-    else:
-        kind, count, seconds, output, *options = sys.argv[1:]
-        print(json.dumps(interrupt_again_and_again(kind, int(count), float(seconds), Path(output), options)))

@@ -3,12 +3,11 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from forks import forked
 
 from dfu_diffusers.training.checkpoints import (
     CheckpointError,
@@ -179,15 +178,13 @@ def test_another_architecture_is_named_field_by_field(make_model, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["conv_type"] == "dual"
 
 
-def test_a_folder_has_one_user(tmp_path):
-    script = f"""if True:
-        import pathlib
-        from dfu_diffusers.training.checkpoints import sole_user
-        with sole_user(pathlib.Path({str(tmp_path)!r})):
-            pass
-    """
-    with sole_user(tmp_path):
-        other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert other.returncode and "Another run writes to" in other.stderr
-    with sole_user(tmp_path):
+def use(folder):
+    with sole_user(folder):
         pass
+
+
+def test_a_folder_has_one_user(tmp_path, capfd):
+    with sole_user(tmp_path), forked(use, tmp_path) as other:
+        other.join()
+        assert other.exitcode == 1 and "Another run writes to" in capfd.readouterr().err
+    use(tmp_path)

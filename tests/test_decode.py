@@ -1,4 +1,4 @@
-"""The one reader of pictures, at the doors of the pipelines; test_data.py holds the training's to the same table."""
+"""The one reader of pictures, at the doors of the pipelines; test_data_images.py holds training to the same table."""
 
 import numpy as np
 import pytest

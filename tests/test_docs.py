@@ -125,11 +125,11 @@ def place(photos, trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_of_a_page(page, place, hub, two_steps, monkeypatch):
+def test_python_of_a_page(page, place, hub, few_steps, monkeypatch):
     """All blocks in order, in one namespace, as a reader would run them."""
     monkeypatch.setattr(DFUModel, "compile_repeated_blocks", lambda model: None)  # a minute; its own tests run it
     if page.name != "concepts.md":  # which counts the steps
-        two_steps()
+        few_steps()
     namespace, shrunk = {}, SMALLER.get(page.name, [])
     for language, text, reason in blocks(page):
         if language != "python" or reason:
@@ -303,9 +303,9 @@ def test_the_notebook_asks_for_the_repository(notebook, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("own_photos", [False, True], ids=["portraits", "photos"])
-def test_the_notebook_runs(notebook, place, photos, two_steps, monkeypatch, own_photos):
+def test_the_notebook_runs(notebook, place, photos, few_steps, monkeypatch, own_photos):
     """Cells in order, with tiny settings. Lines for the shell are left out, but for the training, which runs here."""
-    two_steps()
+    few_steps()
     monkeypatch.setattr(sys, "path", list(sys.path))
     namespace = {"display": lambda image: image.load()}
     tiny = dict(

@@ -4,23 +4,24 @@ A few of each in `make test`, many by `make test-slow`. Each test counts them, a
 docs/reliability.md says what they show.
 """
 
+import functools
+import itertools
 import json
-import os
 import resource
-import signal
-import subprocess
-import sys
-import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from inject_faults import NOT_READ, READ, SmallRun, attack
+from forks import forked
+from inject_faults import NOT_READ, READ, SmallRun, attack, interrupt_again_and_again, write_attacks
 from safetensors.torch import load_file
+from training_runs import run
 
-from dfu_diffusers.training.checkpoints import CheckpointError, find_corruption, read_object
+from dfu_diffusers.training.checkpoints import CheckpointError, find_corruption, read_object, replace_contents
 from examples import train_dfu
 
 ROOT = Path(__file__).parent.parent
@@ -144,14 +145,9 @@ def test_the_attack_works_on_who_unpickles(saved, new_run, tmp_path, monkeypatch
 
 def test_no_file_of_a_checkpoint_runs_code_in_two_processes(tmp_path, say):
     """DistributedDataParallel over gloo; each process resumes from checkpoints of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.run(
-        [*command, ROOT / "tests" / "inject_faults.py", "hostile", tmp_path],
-        env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    told = json.loads(process.stdout.strip().splitlines()[-1])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(write_attacks, (tmp_path,), num_processes=2)
+    told = json.loads((tmp_path / "attacks.json").read_text())
     assert told["processes"] == 2 and told["kind"] == "MULTI_CPU"
     assert len(told["results"]) == 2 * 2 * len(READ + NOT_READ)
     check_attacks(told["results"], say, "two processes")
@@ -190,29 +186,24 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(new_run, tmp_path, say,
 @few_or(40)
 def test_killed_while_it_replaces_files_it_leaves_old_or_new_ones(tmp_path, say, count):
     """SIGKILL at random moments of a loop that replaces a pipeline."""
-    script = textwrap.dedent(f"""
-        import itertools, pathlib
-        from dfu_diffusers.training.checkpoints import replace_contents
-        def save(folder):
-            (folder / "unet").mkdir(parents=True)
-            (folder / "unet" / "config.json").write_text(text)
-            (folder / "unet" / "weights").write_text(text)
-            (folder / "model_index.json").write_text(text)
+    files, random = ("unet/config.json", "unet/weights", "model_index.json"), np.random.default_rng()
+
+    def save(folder, number):
+        (folder / "unet").mkdir(parents=True)
+        for path in files:
+            (folder / path).write_text(str(number) * 5000)
+
+    def replace_again_and_again():
         for number in itertools.count():
-            text = str(number) * 5000
-            replace_contents(pathlib.Path({str(tmp_path)!r}), save)
-            number == 0 and print("begun", flush=True)
-    """)
-    random = np.random.default_rng()
+            replace_contents(tmp_path, functools.partial(save, number=number))
+
     for _ in range(count):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "begun\n"
-        try:
-            process.wait(timeout=0.3 * random.random())
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        for path in ("unet/config.json", "unet/weights", "model_index.json"):
+        with forked(replace_again_and_again) as process:
+            while not (tmp_path / files[-1]).exists():
+                time.sleep(0.001)
+            time.sleep(0.3 * random.random())
+            assert process.is_alive()
+        for path in files:
             text = (tmp_path / path).read_text()
             assert text and text == text[: len(text) // 5000] * 5000
     say(f"{count} kills while a pipeline is replaced: {count} left whole files")
@@ -228,17 +219,12 @@ ENDLESS = ["--max_train_steps", "1000000"]
 
 def interrupt(kind, count, seconds, output, *options):
     """The training, ended so often within so many seconds of its start; see inject_faults.py."""
-    words = [ROOT / "tests" / "inject_faults.py", kind, count, seconds, output, *OPTIONS, *ENDLESS, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.strip().splitlines()[-1])
+    return interrupt_again_and_again(kind, count, seconds, output, [*OPTIONS, *ENDLESS, *options])
 
 
 def train_to(step, output, *options):
-    """In this process, as if it had just started; the weights, averages and moments of its last checkpoint."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train_dfu.main([*OPTIONS, "--max_train_steps", str(step), "--output_dir", str(output), *options])
+    """In this process; the weights, averages and moments of its last checkpoint."""
+    run(*OPTIONS, "--max_train_steps", step, "--output_dir", output, *options)
     folder = output / f"checkpoint-{step}"
     assert find_corruption(folder) is None
     return {path.name: load_file(path) for path in folder.glob("*.safetensors")}
@@ -256,7 +242,7 @@ def assert_it_goes_on_to_the_bit(results, output, whole):
 
 @few_or(40, 2)
 def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, say, count):
-    results = interrupt("SIGKILL", count, 5, tmp_path / "killed", "--num_workers", 1)
+    results = interrupt("SIGKILL", count, 3, tmp_path / "killed", "--num_workers", 1)
     assert results["ends"] == [None] * count and results["damaged"] == []
     assert_it_goes_on_to_the_bit(results, tmp_path / "killed", tmp_path / "whole")
     say(
@@ -268,7 +254,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_training_that_is_signalled_again_and_again_saves_each_time(tmp_path, say, name, count=10):
-    """The small version is in test_train_dfu.py. A signal before the first step ends the program as it is."""
+    """The small version is in test_train_resume.py. A signal before the first step ends the program as it is."""
     results = interrupt(name, count, 8, tmp_path / "stopped", "--num_workers", 1)
     returned = results["ends"].count("returned")
     early = sum(end is None or end.startswith("interrupted") for end in results["ends"])
@@ -283,7 +269,7 @@ def test_a_training_that_is_signalled_again_and_again_saves_each_time(tmp_path, 
 
 @pytest.mark.slow
 def test_a_training_whose_workers_are_killed_says_so_and_goes_on(tmp_path, say, count=10):
-    """The small version is in test_train_dfu.py."""
+    """The small version is in test_train_faults.py."""
     results = interrupt("worker", count, 3, tmp_path / "robbed", "--num_workers", 2)
     told = [end for end in results["ends"] if end and "process that loads images died" in end]
     assert len(told) == count and results["damaged"] == [] and results["slowest"] < 60

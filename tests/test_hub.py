@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -70,10 +71,10 @@ def pipe(make_pipe):
     return make_pipe()
 
 
-@pytest.fixture
-def folder(pipe, tmp_path):
+@pytest.fixture(scope="session")
+def original(pipe, tmp_path_factory):
     """What a training run leaves: the pipeline, its card and pictures, and much that is nobody's business."""
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("run")
     pipe.save_pretrained(folder)
     private = ["checkpoint-2/model.safetensors", "checkpoint-2/optimizer.bin", "logs/events.out", "evil.pkl"]
     private += ["optimizer.bin", "unet/diffusion_pytorch_model.bin", "unet/evil.pkl", "unet/.config.json.partial"]
@@ -84,6 +85,11 @@ def folder(pipe, tmp_path):
         (folder / name).write_text(f"content of {name}")
     (folder / "README.md").write_text(model_card(TEMPLATE, folder, REPO, **FACTS))
     return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run")
 
 
 # --- What is pushed ---
@@ -787,11 +793,8 @@ def test_the_hub_validates_the_card_before_anything_is_sent(hub, folder):
         ("---\nlibrary_name: diffusers\ntags: []\n---\n", "lack pipeline_tag, tags"),
         ("---\ntags: [\n---\n", "cannot be read"),
         ("---\n- a list\n---\n", "cannot be read"),
-        (
-            "---\nlibrary_name: !!binary aGVsbG8=\npipeline_tag: [1]\ntags: a\n---\n",
-            "library_name, pipeline_tag bel",
-        ),
-        ("---\n" + "[" * 5000 + "\n---\n", "cannot be read"),
+        ("---\nlibrary_name: !!binary aGVsbG8=\npipeline_tag: [1]\ntags: a\n---\n", "library_name, pipeline_tag bel"),
+        ("---\n" + "[" * 1000 + "\n---\n", "cannot be read"),
     ],
 )
 def test_a_card_without_metadata_is_refused_before_anything_is_sent(hub, folder, text, message):

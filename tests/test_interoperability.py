@@ -321,6 +321,7 @@ def test_symbolic_resizing_at_all_sizes():
 SIZES = [(2, 22, 19), (1, 16, 16), (3, 33, 50), (1, 3, 7)]  # batch, height, width
 
 
+@pytest.mark.slow  # test_export_of_layers is the quick form
 def test_torch_export(small_model):
     batch, height, width = (torch.export.Dim(name, min=least) for name, least in dict(b=1, h=3, w=3).items())
     program = torch.export.export(
@@ -352,8 +353,8 @@ class DownAndUp(nn.Module):
         return self.up(self.down(x, ((height + 1) // 2, (width + 1) // 2)), (height, width))
 
 
-def test_onnx_of_layers(tmp_path):
-    """The parts that depend on the size; the whole model takes longer, see below."""
+def test_export_of_layers(tmp_path):
+    """By torch.export and to ONNX: the parts that depend on the size. The whole model takes longer."""
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     layers = redraw(DownAndUp())
@@ -365,10 +366,13 @@ def test_onnx_of_layers(tmp_path):
         prefer_deferred_runtime_asserts_over_guards=True,
     )
     torch.onnx.export(program, input_names=["x"], verbose=False).save(tmp_path / "layers.onnx")
+    exported = program.module()
     session = onnxruntime.InferenceSession(tmp_path / "layers.onnx", providers=["CPUExecutionProvider"])
     for images, *size in [*SIZES, (2, 1, 1), (1, 99, 115)]:
         x = draw(images, 2, *size)
         (result,) = session.run(None, {"x": x.numpy()})
+        if min(size) > 2:  # as told to torch.export
+            assert_near(exported(x), layers(x))
         torch.testing.assert_close(torch.from_numpy(result), layers(x), rtol=0, atol=1e-4)
 
 

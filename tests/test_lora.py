@@ -13,21 +13,33 @@ peft = pytest.importorskip("peft")
 SLOW = "(a+)+$|((\\w+)*)*!"  # a regular expression that takes exponential time on long names
 
 
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def adapt(model, folder, **options):
+    """Weights, metadata and output of the model with a LoRA."""
+    options = {"r": 2, "lora_alpha": 4, "init_lora_weights": False, **options}
+    model.add_adapter(peft.LoraConfig(**{"target_modules": ["qkv", "proj", "spatial"], **options}))
+    model.save_lora_adapter(folder)
+    metadata = model.peft_config["default"].to_dict().items()
+    metadata = {key: list(each) if isinstance(each, set) else each for key, each in metadata}
+    return load_file(folder / FILE), metadata, model(noise(), 0.1).sample
+
+
+@pytest.fixture(scope="module")
+def adapted(make_model, tmp_path_factory):
+    return adapt(make_model(), tmp_path_factory.mktemp("lora"))
+
+
 @pytest.fixture
-def saved(make_model, tmp_path):
+def saved(make_model, adapted, tmp_path):
     """Factory of LoRAs saved with other metadata: (folder, the adapted model's output)."""
 
     def save(config=None, **changes):
-        model = make_model()
-        options = {"r": 2, "lora_alpha": 4, "init_lora_weights": False, **(config or {})}
-        model.add_adapter(peft.LoraConfig(**{"target_modules": ["qkv", "proj", "spatial"], **options}))
-        model.save_lora_adapter(tmp_path)
-        path = tmp_path / "pytorch_lora_weights.safetensors"
-        metadata = {key: list(each) if isinstance(each, set) else each for key, each in
-                    model.peft_config["default"].to_dict().items()}  # fmt: skip
+        weights, metadata, output = adapt(make_model(), tmp_path, **config) if config else adapted
         text = json.dumps({**metadata, **changes} if "all" not in changes else changes["all"], default=str)
-        save_file(load_file(path), path, metadata={"format": "pt", "lora_adapter_metadata": text})
-        return tmp_path, model(noise(), 0.1).sample
+        save_file(weights, tmp_path / FILE, metadata={"format": "pt", "lora_adapter_metadata": text})
+        return tmp_path, output
 
     return save
 
@@ -59,6 +71,11 @@ def test_names_with_ranks_and_scales_of_their_own(make_model, saved, names):
         torch.testing.assert_close(again(noise(), 0.1).sample, expected)
 
 
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
 @pytest.mark.parametrize(
     "changes, error, message",
     [
@@ -82,9 +99,8 @@ def test_names_with_ranks_and_scales_of_their_own(make_model, saved, names):
         ({"r": 3}, ValueError, "another configuration"),
     ],
 )
-def test_metadata_that_are_refused(make_model, saved, changes, error, message):
+def test_metadata_that_are_refused(model, saved, changes, error, message):
     folder, _ = saved(**changes)
-    model = make_model()
     with pytest.raises(error, match=message) as caught:
         model.load_lora_adapter(folder)
     assert len(str(caught.value)) < 400 and not hasattr(model, "peft_config")

@@ -53,7 +53,7 @@ def small_pipe(make_pipe):
     return make_pipe()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_every_small_size(small_pipe, height, width):
     (image,) = small_pipe(height=height, width=width, num_inference_steps=2, generator=seeded(0)).images
@@ -84,9 +84,9 @@ def test_integers_of_numpy_and_torch_are_integers(pipe):
 # --- Output types ---
 
 
-@pytest.mark.parametrize("size", [(5, 7), (1, 7), (7, 1), (1, 1)])
+@pytest.mark.parametrize("size", [(1, 7), (7, 1), (1, 1)])
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_pil_modes_also_at_a_side_of_one_pixel(make_pipe, channels, mode, size):
+def test_pil_modes_at_a_side_of_one_pixel(make_pipe, channels, mode, size):
     pipe = make_pipe(in_channels=channels, out_channels=channels)
     kwargs = dict(height=size[0], width=size[1])
     (image,) = sample(pipe, output_type="pil", **kwargs)
@@ -202,14 +202,11 @@ def test_unknown_arguments(pipe):
 # --- Class labels ---
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [[2, 2, 2], (2, 2, 2), torch.tensor([2, 2, 2]), torch.tensor(2), np.int64(2), torch.tensor([2] * 3).byte()],
-)
-def test_class_labels_in_every_form(make_pipe, labels):
+def test_class_labels_in_every_form(make_pipe):
     pipe = make_pipe(num_class_embeds=3)
-    expected = sample(pipe, batch_size=3, class_labels=2)
-    assert_near(sample(pipe, batch_size=3, class_labels=labels), expected)
+    expected, three = sample(pipe, batch_size=3, class_labels=2), torch.tensor([2, 2, 2])
+    for labels in ([2, 2, 2], (2, 2, 2), three, three.byte(), torch.tensor(2), np.int64(2)):
+        assert_near(sample(pipe, batch_size=3, class_labels=labels), expected)
     assert not torch.allclose(sample(pipe, batch_size=3, class_labels=[2, 2, 0])[2], expected[2])
 
 
@@ -263,11 +260,6 @@ def test_wrong_counts(small_pipe, name, value, error):
     message = f"`{name}` must be an integer of at least 1, but got {value!r}: pass one, or leave it out"
     with pytest.raises(error, match=re.escape(message)):
         small_pipe(**{"num_inference_steps": 1, name: value})
-
-
-def test_wrong_steps_are_refused_before_any_scheduler_sees_them(make_pipe):
-    with pytest.raises(ValueError, match="`num_inference_steps` must be an integer of at least 1, but got 0"):
-        sample(make_pipe(EDMEulerScheduler()), 0)
 
 
 NOISE = torch.zeros(1, 3, 16, 16)
@@ -500,10 +492,7 @@ class CosineLevels(EDMEulerScheduler):
         (DDIMScheduler(), "must precondition the network as EDM does, but DDIMScheduler does not: use `EDMHeunSch"),
         (EulerDiscreteScheduler.from_config(EDMHeunScheduler().config), "but EulerDiscreteScheduler does not"),
         (CosineLevels(), "but CosineLevels does not"),
-        (
-            EDMEulerScheduler(prediction_type="sample"),
-            "`prediction_type` .*, but EDMEulerScheduler has 'sample'",
-        ),
+        (EDMEulerScheduler(prediction_type="sample"), "`prediction_type` .*, but EDMEulerScheduler has 'sample'"),
         (EDMEulerScheduler(sigma_data=0.0), "`sigma_data` must be a positive number, but EDMEulerScheduler has 0.0"),
     ],
 )

@@ -1,10 +1,10 @@
 """What `import dfu_diffusers` teaches diffusers: to save our classes by the package's name, and to find them again."""
 
 import ast
+import importlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, UNet2DModel
 from diffusers.pipelines import pipeline_loading_utils
+from forks import forked
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
@@ -108,19 +109,21 @@ def test_checkpoints_survive_that_every_module_is_renamed(pipe, tmp_path):
         path.write_text(
             re.sub(r"(?<=^from )(\.+)(?=models|pipelines|schedulers)", r"\1new_", path.read_text(), flags=re.M)
         )
-    code = f"""
-import sys
-sys.path.insert(0, {str(package.parent)!r})
-import dfu_diffusers
-from diffusers import DiffusionPipeline
-assert dfu_diffusers.DFUModel.__module__ == "dfu_diffusers.new_models.dfu"
-for pipe in (DiffusionPipeline.from_pretrained({str(tmp_path / "pipe")!r}),
-             dfu_diffusers.DFUPipeline.from_pretrained({str(tmp_path / "alone")!r})):
-    assert type(pipe.unet) is dfu_diffusers.DFUModel
-    assert type(pipe.scheduler) is dfu_diffusers.EDMHeunScheduler
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+
+    def load():
+        for name in [name for name in sys.modules if name.split(".")[0] == "dfu_diffusers"]:
+            del sys.modules[name]
+        sys.path.insert(0, str(package.parent))
+        later = importlib.import_module("dfu_diffusers")
+        assert later.DFUModel.__module__ == "dfu_diffusers.new_models.dfu"
+        for loader, place in ((DiffusionPipeline, "pipe"), (later.DFUPipeline, "alone")):
+            loaded = loader.from_pretrained(tmp_path / place)
+            classes = [type(each) for each in (loaded, loaded.unet, loaded.scheduler)]
+            assert classes == [later.DFUPipeline, later.DFUModel, later.EDMHeunScheduler]
+
+    with forked(load) as process:
+        process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("gone", ["LOADABLE_CLASSES", "_dict_from_json_file"])
