@@ -29,6 +29,15 @@ def short_sheets():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests that fork: the pool of threads does not live on in a fork, which would wait for it forever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def few_steps(monkeypatch):
     """Function that makes samplers hasten: whether a page runs shows after two steps."""

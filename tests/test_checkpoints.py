@@ -21,6 +21,8 @@ from dfu_diffusers.training.checkpoints import (
     sole_user,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def save(tmp_path):

@@ -30,6 +30,8 @@ from dfu_diffusers.evaluation.sources import (
 )
 from examples import evaluate_dfu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = ["--sizes", "16", "24", "20x31"]
 TINY = ["--num_images", "12", "--num_inference_steps", "2", "--batch_size", "5"]
 QUICK = ["fd", "kid", "coherence", "patch", "precision", "agreement"]

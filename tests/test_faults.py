@@ -24,6 +24,8 @@ from training_runs import run
 from dfu_diffusers.training.checkpoints import CheckpointError, find_corruption, read_object, replace_contents
 from examples import train_dfu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -18,6 +18,8 @@ from forks import forked
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest_plugins = "hub_stand_in"
 
 PACKAGE = Path(dfu_diffusers.__file__).parent

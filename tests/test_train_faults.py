@@ -18,6 +18,8 @@ from dfu_diffusers.training import setup as training_setup
 from dfu_diffusers.training.reporter import Reporter
 from examples import train_dfu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest_plugins = "training_runs"
 
 

@@ -21,6 +21,8 @@ from dfu_diffusers import DFUPipeline
 from dfu_diffusers.training.checkpoints import sole_user
 from dfu_diffusers.training.reporter import Reporter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest_plugins = "training_runs"
 
 

@@ -17,6 +17,8 @@ from dfu_diffusers.training.losses import TrainingLoss
 from dfu_diffusers.training.step import WeightAverages, keep_freed_memory
 from examples import train_dfu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("max_pixels", [600, 200, 64])
 def test_steps_equal_a_textbook_loop(tmp_path, max_pixels):
