@@ -485,17 +485,16 @@ class DFUPipeline(DFUPipelineBase):
         noise = {"generator": run.generator, "noise_sampler": run.draw_noise}
         accepted = inspect.signature(scheduler.step).parameters
         noise = {name: source for name, source in noise.items() if name in accepted}
-
-        def evaluate(latents, t):
-            output = predict(scheduler.scale_model_input(latents, t), t)
-            sums.append(output.sum())
-            return output if project is None else _projected(scheduler, output, latents, project)
-
         for t in scheduler.timesteps[begin:]:
             if self._interrupt:
                 break
+            output = [predict(scheduler.scale_model_input(latents, t), t)]
+            sums.append(output[0].sum())
+            if project is not None:
+                output = [_projected(scheduler, output.pop(), latents, project)]
             with torch.device(latents.device):  # on which diffusers' schedulers make their numbers
-                latents = scheduler.step(evaluate(latents, t), t, latents, **noise, return_dict=False)[0]
+                # The scheduler alone holds the output, which is as large as the picture, and gives it up early.
+                latents = scheduler.step(output.pop(), t, latents, **noise, return_dict=False)[0]
             if run.callback is not None:
                 latents = self._call_back(run, t, latents)
             run.calls += 1
