@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import csv
 import io
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import draw
 from PIL import Image
 
 import measure
@@ -20,7 +22,15 @@ from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.tables import report
 from dfu_diffusers.models.spectral import SpectralConv2d
 from examples import evaluate_dfu, train_dfu
-from experiments import compare_precisions, experiment, heldout_loss, inpaint, octaves, super_resolution
+from experiments import (
+    compare_precisions,
+    distill_guidance,
+    experiment,
+    heldout_loss,
+    inpaint,
+    octaves,
+    super_resolution,
+)
 from textbook import RfftSpectralConv2d
 
 # --- Speed and memory ---
@@ -234,6 +244,25 @@ def test_precisions_are_compared(tmp_path, monkeypatch, capsys):
     assert all(abs(row["difference"]) < 0.1 * row["float32"] for row in rows)
     assert any(row["float32"] != row["bfloat16"] for row in rows)
     assert (tmp_path / "out" / "losses.png").is_file() and "times as long in float32" in capsys.readouterr().out
+
+
+def test_a_refiner_learns_its_guided_output(make_refiner, tmp_path, monkeypatch):
+    """The guide is the refiner with 1 less in its last bias, so guidance with w = 1.5 adds 0.5 to the output."""
+    refiner = make_refiner(in_channels=3)
+    refiner.save_pretrained(tmp_path / "refiner")
+    guide = copy.deepcopy(refiner)
+    with torch.no_grad():
+        guide.conv_out.bias.sub_(1.0)
+    guide.save_pretrained(tmp_path / "guide")
+    distillation = distill_guidance.Distillation(refiner, refiner, guide, 1.5)
+    distillation(draw(2, 3, 8, 6), torch.zeros(2), draw(2, 3, 8, 6), torch.full((2,), 0.1))
+    torch.testing.assert_close(distillation.error, torch.full((2,), 0.25), rtol=1e-4, atol=0)
+
+    monkeypatch.setattr(distill_guidance, "BATCHES", [((20, 20), 2, 1), ((24, 16), 2, 1)])
+    options = ["--model", tmp_path / "refiner", "--guide", tmp_path / "guide", "--output_dir", tmp_path / "student"]
+    distill_guidance.main([*map(str, options), "--guidance_scale", "1.5", "--steps", "20", "--learning_rate", "1e-3"])
+    before, after = (DFURefiner.from_pretrained(tmp_path / name) for name in ("refiner", "student"))
+    assert (after.conv_out.bias > before.conv_out.bias).all()
 
 
 def test_the_heldout_loss_of_an_untrained_model_is_about_one(tmp_path, capsys):
