@@ -84,6 +84,7 @@ def test_averages_are_saved_and_loaded_whole(make_model, tmp_path):
 
 
 FREED_MEMORY = """
+import resource
 import torch
 from dfu_diffusers.training.step import keep_freed_memory
 pages = []
