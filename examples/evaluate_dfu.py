@@ -141,6 +141,10 @@ class Evaluation:
         grown = [tuple(round(factor * side) for side in self.training_size) for factor in FACTORS]
         self.sizes = sorted(set(args.sizes or grown), key=lambda size: (math.prod(size), size))
         channels = [config["in_channels"] for config in configs]
+        largest = max(args.class_labels or [-1])
+        for model, config in zip(args.model, configs):
+            if args.class_labels and largest >= (classes := config.get("num_class_embeds") or 0):
+                raise EvaluationError(f"--class_labels {largest}: {model} has {classes} classes, numbered from 0.")
         self.features = self._features()
         self.reference_source, self.data = self._references(channels)
 

@@ -70,7 +70,13 @@ def main(argv=None) -> DFURefiner:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    strong, weak = load_refiner(args.model), load_refiner(args.guide)
+    try:
+        strong, weak = load_refiner(args.model), load_refiner(args.guide)
+    except OSError as error:
+        parser.error(f"no refiner can be loaded: {error}")
+    channels = strong.config.in_channels, weak.config.in_channels
+    if set(channels) != {3}:
+        parser.error(f"portraits have 3 channels, but --model and --guide take {channels[0]} and {channels[1]}")
     student = copy.deepcopy(strong).train()
     distillation = Distillation(student, strong, weak, args.guidance_scale)
     scalings = EDMHeunScheduler(sigma_data=strong.config.detail_std)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -397,3 +398,17 @@ def test_classes_in_turn(make_model):
         assert seen.pop() == expected
     every, all_named, some = (ModelSource(pipe, classes).key((8, 8)) for classes in (None, [0, 1, 2], [2, 0]))
     assert every == all_named != some
+
+
+def test_classes_that_there_are_not_and_processes_that_nobody_knows(make_model, tmp_path, monkeypatch):
+    """Both are refused before anything is drawn."""
+    DFUPipeline(make_model(in_channels=3, num_class_embeds=3), EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--sizes", "16", "--metrics", "spectrum", "--num_images", "20"]
+    options = [*map(str, options), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--class_labels 3: .*model has 3 classes, numbered from 0"):
+        evaluate_dfu.main([*options, "--class_labels", "0", "3"])
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does, of which Accelerate takes no notice on CPUs
+    monkeypatch.setattr(evaluate_dfu, "Accelerator", lambda **_: SimpleNamespace(num_processes=1, device="cpu"))
+    with pytest.raises(SystemExit, match="2 processes were launched, but Accelerate knows of 1: .*ACCELERATE_USE_CPU"):
+        evaluate_dfu.main(options)
+    assert not (tmp_path / "out").exists()

@@ -128,6 +128,12 @@ class Collection:
 
     def complete(self, accelerator, batch_size: int, title: str) -> "Collection":
         """Draw the missing images, in batches that are divided among the processes. All processes must call it."""
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != accelerator.num_processes:  # each would draw all, into the same files
+            raise EvaluationError(
+                f"{launched} processes were launched, but Accelerate knows of {accelerator.num_processes}: on CPUs "
+                "set ACCELERATE_USE_CPU=true."
+            )
         self.check()
         todo = self.missing()
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]

@@ -76,16 +76,16 @@ class ModelSource:
         defaults = inspect.signature(type(pipe).__call__).parameters
         steps = ("num_inference_steps", "octave_steps") if pipe.refiner else ("num_inference_steps",)
         self.pipe, self.options = pipe, {name: defaults[name].default for name in steps} | options
-        self.classes = classes or range(pipe.unet.config.num_class_embeds or 0)
+        every = list(range(pipe.unet.config.num_class_embeds or 0))
+        self.classes = classes or every
+        self.chosen = {} if self.classes == every else {"classes": self.classes}
         models = {"": pipe.unet, " guided by ": pipe.guide, " refined by ": pipe.refiner}
         self.digest = "".join(name + weights_digest(model) for name, model in models.items() if model is not None)
 
     def key(self, size: Size) -> dict:
         config = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
         name = f"{type(self.pipe.scheduler).__name__} {digest(json.dumps(config, sort_keys=True).encode())}"
-        every = list(self.classes) == list(range(self.pipe.unet.config.num_class_embeds or 0))
-        classes = {} if every else {"classes": list(self.classes)}
-        return {"weights": self.digest, "scheduler": name, **classes, **self.options}
+        return {"weights": self.digest, "scheduler": name, **self.chosen, **self.options}
 
     def draw(self, indices: Sequence[int], size: Size) -> np.ndarray:
         """(n, h, w, c) uint8."""

@@ -102,7 +102,7 @@ def _check_coarse_size(refiner, height: int, width: int) -> None:
     if min(height, width) < least:
         raise ValueError(
             f"`refiner` adds detail to pictures of at least {least} pixels a side, but `unet` draws {height}x{width} "
-            "(`sample_size`): load the pipeline with another refiner, or use strategy='direct'."
+            "(`sample_size` or `coarse_sizes`): load the pipeline with another refiner, or use strategy='direct'."
         )
 
 

@@ -349,19 +349,14 @@ class DFUPipeline(DFUPipelineBase):
             unit = to_modes(noise.white(noise.coefficients(coarse)), size, periodic)
             condition = from_modes(unit.mul_(COARSE_NOISE).add_(modes), size, periodic)
             del unit
-
-            def complete(detail, modes=modes, size=size):
-                return from_modes(modes, size, periodic).add_(detail)
-
-            replace = None if project is None else lambda detail: project(complete(detail))  # noqa: B023
-            draw = partial(noise.beyond, size, coarse, last=size == octaves[-1])
-            picture = complete(self._sample_detail(run, condition, told, coarse, draw, replace))
+            draw_noise = partial(noise.beyond, size, coarse, last=size == octaves[-1])
+            picture = self._sample_octave(run, modes, coarse, condition, told, draw_noise, project)
         return picture
 
-    def _sample_detail(self, run, condition, told, coarse, draw_noise, replace) -> torch.Tensor:
-        """Detail beyond the modes of the grid `coarse` for the picture `condition`, which has noise of deviation
-        `told`. `replace` gives, for denoised detail, the whole picture that takes its place."""
-        periodic = run.periodic
+    def _sample_octave(self, run, modes, coarse, condition, told, draw_noise, project) -> torch.Tensor:
+        """The picture that has `modes`, those of the grid `coarse`, and detail beyond them. `condition` is the picture
+        without this detail, with noise of deviation `told`. `project` as in `_refine`."""
+        size, periodic = condition.shape[-2:], run.periodic
         scheduler = octave_scheduler(self.scheduler, self.refiner, run.octave_steps, condition.device)
 
         def predict(sample, timestep):  # the sample has no coarse modes, so the denoised detail must have none
@@ -372,11 +367,17 @@ class DFUPipeline(DFUPipelineBase):
             ]
             return beyond(output[0] if len(output) == 1 else torch.cat(output), coarse, periodic)
 
-        project = None if replace is None else lambda detail: beyond(replace(detail), coarse, periodic)
+        def complete(detail):
+            return from_modes(modes, size, periodic).add_(detail)
+
+        def replace(detail):
+            return beyond(project(complete(detail)), coarse, periodic)
+
         detail = self._denoise(  # which alone holds the noise: tensors as large as the picture are given up early
-            run, draw_noise().mul_(scheduler.init_noise_sigma), scheduler, predict, project, network="refiner"
-        )
-        return beyond(detail, coarse, periodic)
+            run, draw_noise().mul_(scheduler.init_noise_sigma), scheduler, predict, project and replace,
+            network="refiner",
+        )  # fmt: skip
+        return complete(beyond(detail, coarse, periodic))
 
     def enable_tiling(self, max_pixels: int = MAX_PIXELS) -> None:
         """Run the refiner on strips of at most about `max_pixels` pixels, to limit memory; the picture stays the same.

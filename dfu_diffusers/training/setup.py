@@ -106,9 +106,8 @@ def load_config(args: Options) -> tuple[str, dict]:
         coarse = min(map(min, args.resolutions)) // 2
         return part, config | {"coarse_size": coarse, "sample_size": round(math.sqrt(height * width))}
     config |= {"in_channels": channels[0], "sample_size": height if height == width else (height, width)}
-    if args.source_resolution and len(args.resolutions) > 1:  # a trunk of pictures of several shapes
-        config["coarse_sizes"] = args.resolutions
-    return part, config
+    several = args.source_resolution and len(args.resolutions) > 1  # a trunk of pictures of several shapes
+    return part, config | {"coarse_sizes": args.resolutions if several else None}
 
 
 def _check_refiner(args: Options, config: dict, source: str) -> None:
@@ -279,7 +278,7 @@ def _build_unet(args: Options, config: dict, num_classes: int | None) -> DFUMode
     model = DFUPipeline.from_pretrained(args.init_from).unet.float().train()
     if args.spectral_rank:
         model = model.factorized(args.spectral_rank)
-    model.register_to_config(sample_size=config["sample_size"], coarse_sizes=config.get("coarse_sizes"))
+    model.register_to_config(sample_size=config["sample_size"], coarse_sizes=config["coarse_sizes"])
     return model
 
 
