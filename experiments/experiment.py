@@ -6,8 +6,9 @@
     python experiments/experiment.py evaluate                   # samples and metrics, by examples/evaluate_dfu.py
     python experiments/experiment.py report                     # tables, curves and pictures in experiments/results
     python experiments/experiment.py picture DFU UNET           # of two saved pipelines: samples.png in --output_dir
+    python experiments/experiment.py train dual-0 octaves-0 --data_dir outputs/data/emoji --extractor efficientnet
 
-Runs (name-seed), all on procedural portraits, with the same images, noise and number of images seen:
+Runs (name-seed), with the same images, noise and number of images seen:
     dual       DFU, several resolutions         spatial    the same without spectral paths (the paper's UNet)
     dual-N     DFU, only N px                   spectral   the same without 3x3 convolutions (the paper's FNO-UNet)
     upsampled  `dual` fine-tuned with images    wide       `spatial` with as many parameters as `dual`
@@ -18,10 +19,12 @@ Runs (name-seed), all on procedural portraits, with the same images, noise and n
                paper's: twice as high a band down
                as across                       octaves    a trunk and a refiner, trained on the same images for
                                                the time of `dual`: two runs, put into one pipeline
-Sampling at the largest training size and enlarging is a row beside each. --budget gpu trains to 64 px, tests to 256.
+Rows beside these: samples of the largest training size, enlarged, and `dual` in the cascade. The images are procedural
+portraits, or --data_dir/train and /validation. --budget gpu trains to 64 px.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -38,10 +41,20 @@ from dfu_diffusers.evaluation.sheets import contact_sheet
 from dfu_diffusers.evaluation.tables import markdown, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x"}
-FAR = 2  # beyond this factor only some runs are sampled
-FAR_RUNS = ["dual-0", "spatial-0", "octaves-0"]
-COLUMNS = {"fd": "fidelity: Frechet distance", "coherence": "coherence: Frechet distance after averaging down"}
+FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x", 8: "8x"}
+FAR = 2  # beyond this factor, and at twice the width, only some runs are sampled
+FAR_RUNS = ["dual-0", "spatial-0", "octaves-0", "octaves-1"]
+CASCADE_RUNS = ["dual-0"]
+SHOWN = 4  # largest factor in the picture
+COLUMNS = {
+    "fd": "fidelity: Frechet distance",
+    "kid": "fidelity: kernel distance",
+    "coherence": "coherence: Frechet distance after averaging down",
+    "spectrum": "distance of spectra",
+    "power": "power, log10 of drawn to true, in the worst octave",
+}
+# The Frechet distance needs more images than its features have dimensions, which other extractors are too wide for.
+METRICS = {"portrait": ["fd", "coherence", "spectrum", "power"], "other": ["kid", "spectrum", "power"]}
 CONFIG = {
     "block_out_channels": [32, 64, 64],
     "layers_per_block": 1,
@@ -73,8 +86,10 @@ class Budget:
     def largest(self) -> int:
         return max(self.resolutions)
 
-    def sizes(self, far: bool) -> list[int]:
-        return [round(factor * self.largest) for factor in FACTORS if (factor > FAR) == far]
+    def sizes(self, far: bool) -> dict[str, str]:
+        """Sizes as words of a command line, and how they are related to the largest in training."""
+        names = {f"{round(factor * self.largest)}": name for factor, name in FACTORS.items() if (factor > FAR) == far}
+        return names | {f"{self.largest}x{2 * self.largest}": "1:2"} if far else names
 
 
 BUDGETS = {
@@ -162,15 +177,18 @@ def options_of(run: str, budget: Budget, output: Path) -> dict:
     return options
 
 
-def training_command(run: str, budget: Budget, output: Path, dtype: str) -> list[str]:
+def training_command(run: str, budget: Budget, args: argparse.Namespace) -> list[str]:
+    output = args.output_dir
     options = {"output_dir": output / run, **options_of(run, budget, output)}
     options |= {
-        "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[dtype],
+        "mixed_precision": {"float32": "no", "bfloat16": "bf16"}[args.dtype],
         "report_images": options["max_train_steps"] * budget.batch_size,
         "report_to": "none",
         "checkpointing_steps": 250,
         "checkpoints_total_limit": 1,
     }
+    if args.data_dir:
+        options |= {"train_data_dir": args.data_dir / "train", "cache_dir": output / "cache"}
     if any((output / run).glob("checkpoint-*")):
         options["resume_from_checkpoint"] = "latest"
     return command("train_dfu.py", options)
@@ -187,17 +205,18 @@ def execute(words: list[str]) -> None:
     subprocess.run(words, check=True)
 
 
-def train(names: list[str], budget: Budget, output: Path, dtype: str) -> None:
+def train(names: list[str], budget: Budget, args: argparse.Namespace) -> None:
+    output = args.output_dir
     for run in names:
         if (output / run / "model_index.json").exists():
             print(f"{run} is finished.")
         elif run.startswith("octaves-") and "/" not in run:
-            train([f"{run}/trunk", f"{run}/refiner"], budget, output, dtype)
+            train([f"{run}/trunk", f"{run}/refiner"], budget, args)
             refiner = DFURefiner.from_pretrained(output / run / "refiner" / "refiner")
             DFUPipeline.from_pretrained(output / run / "trunk", refiner=refiner).save_pretrained(output / run)
         else:
             print(f"Training {run}.", flush=True)
-            execute(training_command(run, budget, output, dtype))
+            execute(training_command(run, budget, args))
             if not (output / run / "model_index.json").exists():
                 raise SystemExit(f"{run} was stopped before its end: the same command goes on with it.")
 
@@ -206,24 +225,33 @@ def train(names: list[str], budget: Budget, output: Path, dtype: str) -> None:
 # Evaluation
 
 
-def evaluate(names: list[str], budget: Budget, output: Path, dtype: str, processes: int) -> None:
+def evaluate(names: list[str], budget: Budget, args: argparse.Namespace) -> None:
     """Samples and metrics of the finished runs among `names`; what was sampled before is kept."""
+    output, near, far = args.output_dir, budget.sizes(far=False), budget.sizes(far=True)
     finished = [run for run in names if (output / run / "model_index.json").exists()]
     if not finished:
         raise SystemExit(f"None of {', '.join(names)} is finished in {output}: run `train` first.")
-    for part, chosen in (("near", finished), ("far", [run for run in finished if run in FAR_RUNS])):
+    beyond = [*list(near)[1:], *far]
+    for part, runs, sizes in (("near", finished, near), ("far", FAR_RUNS, far), ("cascade", CASCADE_RUNS, beyond)):
+        chosen = [run for run in finished if run in runs]
         if not chosen:
             continue
         options = {
             "model": [output / run for run in chosen],
-            "sizes": budget.sizes(far=part == "far"),
+            "sizes": list(sizes),
             "train_size": budget.largest,
             "num_images": budget.images,
-            "dtype": dtype,
+            "extractor": args.extractor,
+            "metrics": METRICS.get(args.extractor, METRICS["other"]),
+            "dtype": args.dtype,
             "batch_size": 20,
             "output_dir": output / part,
         }
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        if part == "cascade":
+            options["strategy"] = part
+        if args.data_dir:
+            options["reference_dir"] = args.data_dir / "validation"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)]
         execute(launch + command("evaluate_dfu.py", options)[1:])
 
 
@@ -231,27 +259,31 @@ def evaluate(names: list[str], budget: Budget, output: Path, dtype: str, process
 # Report
 
 
-def read_results(output: Path) -> list[dict]:
-    """What the evaluations wrote, one dict for each part that is there."""
-    files = [output / part / "results.json" for part in ("near", "far")]
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-    if not found:
+def read_results(output: Path) -> dict[str, dict]:
+    """What the evaluations wrote, by part."""
+    files = {part: output / part / "results.json" for part in ("near", "far", "cascade")}
+    found = {part: json.loads(file.read_text(encoding="utf-8")) for part, file in files.items() if file.exists()}
+    if "near" not in found:
         raise SystemExit(f"There are no results in {output}: run `train` and `evaluate` first.")
     return found
 
 
-def rows_of(results: list[dict]) -> list[dict]:
+def rows_of(results: dict[str, dict]) -> list[dict]:
     """One dict for each run, way of drawing and size: run, kind, method, size, factor and the figures."""
     rows = []
-    for row in (row for result in results for row in result["rows"]):
+    for part, row in ((part, row) for part, result in results.items() for row in result["rows"]):
+        if part == "cascade" and row["method"] != "model":
+            continue  # as in the other parts
         run = row["name"].split(", ")[0]
         kind = run if row["method"] == "real" else run.rsplit("-", 1)[0]
-        entry = {"run": run, "kind": kind, "method": row["method"], "size": int(row["size"].split("x")[0])}
-        rows.append(entry | {"factor": row["factor"], "seconds": row["seconds_per_image"], **row["figures"]})
+        height, width = row["size"].split("x")
+        entry = {"run": run, "kind": f"{kind}, cascade" if part == "cascade" else kind, "method": row["method"]}
+        entry |= {"size": height if height == width else row["size"], "factor": row["factor"]}
+        rows.append(entry | {"seconds": row["seconds_per_image"], **row["figures"]})
     return rows
 
 
-def by_kind(rows: list[dict], column: str) -> dict[str, dict[int, list[float]]]:
+def by_kind(rows: list[dict], column: str) -> dict[str, dict[str, list[float]]]:
     """Values of a column, one for each seed, by name of the row and size. `dual, lanczos` is upsampling."""
     upsampled = ("dual", "octaves")
     values = defaultdict(lambda: defaultdict(list))
@@ -262,14 +294,16 @@ def by_kind(rows: list[dict], column: str) -> dict[str, dict[int, list[float]]]:
     return values
 
 
+def all_sizes(budget: Budget) -> dict[str, str]:
+    return budget.sizes(far=False) | budget.sizes(far=True)
+
+
 def table(rows: list[dict], column: str, heading: str, budget: Budget) -> str:
-    sizes = budget.sizes(far=False) + budget.sizes(far=True)
-    factors = dict(zip(sizes, FACTORS.values()))
-    values = by_kind(rows, column)
-    sizes = [size for size in sizes if any(size in row for row in values.values())]
+    values, sizes = by_kind(rows, column), all_sizes(budget)
+    sizes = {size: name for size, name in sizes.items() if any(size in row for row in values.values())}
     return markdown(
         [
-            {heading: name} | {f"{size} px, {factors[size]}": numbers(row.get(size, [])) for size in sizes}
+            {heading: name} | {f"{size} px, {factor}": numbers(row.get(size, [])) for size, factor in sizes.items()}
             for name, row in values.items()
         ]
     )
@@ -282,19 +316,20 @@ def plot(rows: list[dict], path: Path, largest: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(COLUMNS), figsize=(5 * len(COLUMNS), 4))
+    columns = [column for column in ("fd", "kid", "coherence") if by_kind(rows, column)]
+    figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 4), squeeze=False)
     shades = [*plt.colormaps["tab20"].colors[::2], *plt.colormaps["tab20"].colors[1::2]]  # the strong ones first
-    colors = dict(zip(by_kind(rows, "fd"), shades)) | {"real": "k"}
-    for axis, (column, heading) in zip(axes, COLUMNS.items()):
+    colors = dict(zip(by_kind(rows, columns[0]), shades)) | {"real": "k"}
+    for axis, column in zip(axes.flat, columns):
         for name, values in by_kind(rows, column).items():
-            sizes, color = sorted(values), colors[name]
-            axis.plot(sizes, [mean(values[size]) for size in sizes], color=color, label=name)
-            dots = [(size, value) for size in sizes for value in values[size]]
+            sizes, color = sorted((size for size in values if size.isdecimal()), key=int), colors[name]
+            axis.plot(list(map(int, sizes)), [mean(values[size]) for size in sizes], color=color, label=name)
+            dots = [(int(size), value) for size in sizes for value in values[size]]
             axis.plot(*zip(*dots), color=color, marker=".", linestyle="none")
         axis.axvline(largest, color="0.8", zorder=0)
-        axis.set(title=heading, xlabel="size, px (grey: largest in training)", yscale="log")
+        axis.set(title=COLUMNS[column], xlabel="size, px (grey: largest in training)", yscale="log")
     figure.tight_layout()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
@@ -303,7 +338,8 @@ def picture(dual: DFUPipeline, spatial: DFUPipeline, seeds: int = 3) -> Image.Im
     """The same seeds from 1x to 4x, a line each: sampled by `dual`, as it is and by the cascade; its sample at 1x
     enlarged bilinearly; and sampled by `spatial`."""
     side = dual.unet.config.sample_size
-    sizes = [round(factor * side) for factor in FACTORS]
+    factors = {factor: name for factor, name in FACTORS.items() if factor <= SHOWN}
+    sizes = [round(factor * side) for factor in factors]
     smallest = samples(dual, side, seeds)
     rows = {f"seed {seed}, {name}": [] for seed in range(seeds) for name in ("DFU", "cascade", "enlarged", "UNet")}
     for size in sizes:
@@ -313,7 +349,7 @@ def picture(dual: DFUPipeline, spatial: DFUPipeline, seeds: int = 3) -> Image.Im
         for name, images in drawn.items():
             for seed, image in enumerate(images):
                 rows[f"seed {seed}, {name}"].append(image)
-    return contact_sheet(rows, columns=[f"{size} px, {factor}" for size, factor in zip(sizes, FACTORS.values())])
+    return contact_sheet(rows, columns=[f"{size} px, {factor}" for size, factor in zip(sizes, factors.values())])
 
 
 def samples(pipe: DFUPipeline, size: int, seeds: int, **options) -> list[Image.Image]:
@@ -327,59 +363,30 @@ def load(folder: Path) -> DFUPipeline:
 
 def claims(rows: list[dict], budget: Budget) -> str:
     """The claims of the paper and of this package, each with the figures that decide it."""
-    one, third, two_thirds, two = budget.sizes(far=False)
-    values = {column: by_kind(rows, column) for column in COLUMNS}
-    single = f"dual-{budget.largest}"
     compared = [
-        ("octaves beat sampling directly: coherence", "coherence", "octaves", "dual", (third, two_thirds, two)),
-        ("octaves beat sampling directly: fidelity", "fd", "octaves", "dual", (one, third, two_thirds, two)),
-        ("octaves beat the UNet: fidelity", "fd", "octaves", "spatial", (one, third, two_thirds, two)),
-        ("octaves beat the FNO-UNet: fidelity", "fd", "octaves", "spectral", (one, third, two_thirds, two)),
-        ("octaves beat enlarging: fidelity", "fd", "octaves", "octaves, lanczos", (third, two_thirds, two)),
-        ("more coherent than the UNet", "coherence", "dual", "spatial", (third, two_thirds, two)),
-        ("more faithful than the UNet", "fd", "dual", "spatial", (one, third, two_thirds, two)),
-        ("more coherent than the FNO-UNet", "coherence", "dual", "spectral", (third, two_thirds, two)),
-        ("more faithful than the FNO-UNet", "fd", "dual", "spectral", (one, third, two_thirds, two)),
-        ("better than a UNet of as many parameters: coherence", "coherence", "dual", "wide", (two_thirds, two)),
-        ("better than a UNet of as many parameters: fidelity", "fd", "dual", "wide", (one, two_thirds, two)),
-        ("several training sizes beat the largest alone: coherence", "coherence", "dual", single, (two_thirds, two)),
-        ("several training sizes beat the largest alone: fidelity", "fd", "dual", single, (one, two_thirds, two)),
-        ("fine-tuning with enlarged images helps at 1.66x: fidelity", "fd", "upsampled", "dual", (two_thirds,)),
-        (
-            "fine-tuning with enlarged images helps at 1.66x: coherence",
-            "coherence",
-            "upsampled",
-            "dual",
-            (two_thirds,),
-        ),
-        (
-            "factorised spectral weights are no worse: coherence",
-            "coherence",
-            "compact",
-            "dual",
-            (third, two_thirds, two),
-        ),
-        ("factorised spectral weights are no worse: fidelity", "fd", "compact", "dual", (one, third, two_thirds, two)),
-        ("modes alike on both axes are better: coherence", "coherence", "dual", "tall", (third, two_thirds, two)),
-        ("modes alike on both axes are better: fidelity", "fd", "dual", "tall", (one, third, two_thirds, two)),
-        ("reflected waves are better: coherence", "coherence", "mirror", "dual", (third, two_thirds, two)),
-        ("reflected waves are better: fidelity", "fd", "mirror", "dual", (one, third, two_thirds, two)),
-        (
-            "sampling directly beats enlarging: coherence",
-            "coherence",
-            "dual",
-            "dual, lanczos",
-            (third, two_thirds, two),
-        ),
-        ("sampling directly beats enlarging: fidelity", "fd", "dual", "dual, lanczos", (third, two_thirds, two)),
+        ("octaves beat sampling directly", "octaves", "dual"),
+        ("octaves beat the cascade", "octaves", "dual, cascade"),
+        ("octaves beat the UNet", "octaves", "spatial"),
+        ("octaves beat the FNO-UNet", "octaves", "spectral"),
+        ("octaves beat enlarging", "octaves", "octaves, lanczos"),
+        ("DFU beats the UNet", "dual", "spatial"),
+        ("DFU beats the FNO-UNet", "dual", "spectral"),
+        ("DFU beats a UNet of as many parameters", "dual", "wide"),
+        ("several training sizes beat the largest alone", "dual", f"dual-{budget.largest}"),
+        ("fine-tuning with enlarged images helps", "upsampled", "dual"),
+        ("factorised spectral weights are no worse", "compact", "dual"),
+        ("modes alike on both axes are better", "dual", "tall"),
+        ("reflected waves are better", "mirror", "dual"),
+        ("sampling directly beats enlarging", "dual", "dual, lanczos"),
     ]
     lines = []
-    for claim, column, ours, theirs, sizes in compared:
-        found = [(size, values[column][ours][size], values[column][theirs][size]) for size in sizes]
-        if not all(a and b for _, a, b in found):  # a run is missing
-            continue
-        cells = "; ".join(f"{size} px {numbers(a)} against {numbers(b)}" for size, a, b in found)
-        lines.append({"claim": claim, "measure": COLUMNS[column], "here": cells, "reproduced": verdict(found)})
+    for (claim, ours, theirs), column in itertools.product(compared, ("fd", "kid", "coherence")):
+        values = by_kind(rows, column)
+        found = [(size, values[ours][size], values[theirs][size]) for size in all_sizes(budget)]
+        found = [(size, a, b) for size, a, b in found if a and b]
+        if found:
+            cells = "; ".join(f"{size} px {numbers(a)} against {numbers(b)}" for size, a, b in found)
+            lines.append({"claim": claim, "measure": COLUMNS[column], "here": cells, "reproduced": verdict(found)})
     return markdown(lines)
 
 
@@ -387,7 +394,7 @@ def numbers(values: list[float]) -> str:
     return " / ".join(f"{value:.3g}" for value in values)
 
 
-def verdict(found: list[tuple[int, list[float], list[float]]]) -> str:
+def verdict(found: list[tuple[str, list[float], list[float]]]) -> str:
     """ "yes" where every seed beats every seed of the other, "no" the other way round, "mixed" otherwise."""
     better = [max(ours) < min(theirs) for _, ours, theirs in found]
     worse = [min(ours) > max(theirs) for _, ours, theirs in found]
@@ -396,7 +403,7 @@ def verdict(found: list[tuple[int, list[float], list[float]]]) -> str:
 
 def report(output: Path, budget: Budget, results: Path) -> None:
     found = read_results(output)
-    rows, facts = rows_of(found), found[0]
+    rows, facts = rows_of(found), found["near"]
     results.mkdir(parents=True, exist_ok=True)
     write_csv(results / "experiment.csv", rows)
     plot(rows, results / "experiment_curves.png", budget.largest)
@@ -410,7 +417,8 @@ def report(output: Path, budget: Budget, results: Path) -> None:
         f"{budget.images - 1}, {options['num_inference_steps']} Heun steps; {facts['device']}, {options['dtype']}, "
         f"torch {versions['torch']}, commit {facts['commit']}."
     )
-    parts = [setting, "", *(table(rows, column, heading, budget) for column, heading in COLUMNS.items())]
+    measured = {column: heading for column, heading in COLUMNS.items() if by_kind(rows, column)}
+    parts = [setting, "", *(table(rows, column, heading, budget) for column, heading in measured.items())]
     text = "\n".join([*parts, claims(rows, budget)])
     (results / "experiment.md").write_text(f"# Beyond the training sizes\n\n{text}", encoding="utf-8")
     print(text)
@@ -422,6 +430,8 @@ def main(argv=None) -> None:
     parser.add_argument("runs", nargs="*", help="names of runs (default: all), or two folders for `picture`")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="in training and sampling")
+    parser.add_argument("--data_dir", type=Path, help="with train/ and validation/, rather than portraits")
+    parser.add_argument("--extractor", default="portrait", help="of features, as of evaluate_dfu.py")
     parser.add_argument("--processes", type=int, default=1, help="that share an evaluation")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/experiment"))
     parser.add_argument("--results_dir", type=Path, default=ROOT / "experiments" / "results")
@@ -438,9 +448,9 @@ def main(argv=None) -> None:
         parser.error(f"no such run: {', '.join(sorted(unknown))}; there are {', '.join(runs(budget))}")
     names = args.runs or runs(budget)
     if args.stage == "train":
-        train(names, budget, args.output_dir, args.dtype)
+        train(names, budget, args)
     elif args.stage == "evaluate":
-        evaluate(names, budget, args.output_dir, args.dtype, args.processes)
+        evaluate(names, budget, args)
     else:
         report(args.output_dir, budget, args.results_dir)
 

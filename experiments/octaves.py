@@ -21,7 +21,6 @@ import argparse
 import itertools
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from dfu_diffusers import DFUPipeline
@@ -29,11 +28,12 @@ from dfu_diffusers.command_line import DTYPES, count, natural, resolution
 from dfu_diffusers.data.resolutions import Size, format_resolution
 from dfu_diffusers.evaluation.collections import Collection, Features
 from dfu_diffusers.evaluation.extractors import load_extractor
+from dfu_diffusers.evaluation.metrics import octave_power
 from dfu_diffusers.evaluation.report import Compared, measure
 from dfu_diffusers.evaluation.sheets import contact_sheet
 from dfu_diffusers.evaluation.sources import EvaluationError, ModelSource, Portraits, Resized
 from dfu_diffusers.evaluation.tables import parse, report
-from dfu_diffusers.models.modes import octave_sizes, to_modes
+from dfu_diffusers.models.modes import octave_sizes
 from pictures import CHECKPOINT
 
 SIZES = [(64, 64), (85, 85), (97, 97), (128, 128), (96, 192), (192, 192), (256, 256), (512, 512)]
@@ -51,19 +51,6 @@ class SquareFeatures(Features):
     def coarse_size(self, size: Size) -> Size | None:
         coarse = tuple(map(min, size, self.training_size))
         return None if coarse == size else coarse
-
-
-def octave_power(images: torch.Tensor, base: Size) -> torch.Tensor:
-    """Power in the modes that each octave adds, a channel, the mean brightness left out: (octaves,).
-
-    Args:
-        images: (n, channels, height, width).
-        base: grid of the first octave.
-    """
-    power = sum(to_modes(image).double().square().mean(0) for image in images) / len(images)
-    power[0, 0] = 0
-    within = [power[:height, :width].sum() for height, width in octave_sizes(images.shape[-2:], base)]
-    return torch.stack(within).diff(prepend=torch.zeros(1, dtype=torch.float64))
 
 
 class Comparison:

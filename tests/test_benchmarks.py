@@ -348,13 +348,6 @@ def test_octaves_are_measured_at_many_sizes(tmp_path, monkeypatch, capsys, few_s
     assert octaves.main(options) == rows
 
 
-def test_power_by_octave():
-    y, x = ((torch.arange(n) + 0.5) / n for n in (12, 24))
-    picture = 7 + torch.cos(5 * torch.pi * y)[:, None] + 0.1 * torch.cos(9 * torch.pi * x)  # modes (5, 0) and (0, 9)
-    power = octaves.octave_power(picture.expand(2, 3, -1, -1), (8, 8))
-    torch.testing.assert_close(power, torch.tensor([0.5, 0.005, 0.0]).double(), atol=1e-5, rtol=0)
-
-
 def test_octaves_need_a_refiner(tmp_path, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     DFUPipeline(small_unet(), EDMHeunScheduler()).save_pretrained(tmp_path / "model")
@@ -436,12 +429,14 @@ def test_the_experiment_from_training_to_report(tiny_budget, tmp_path, monkeypat
     for stage in ("evaluate", "report"):
         experiment.main([stage, *options])
     text = Path("results/experiment.md").read_text()
-    assert "| 12 px, 1x | 16 px, 1.33x | 20 px, 1.66x | 24 px, 2x | 36 px, 3x | 48 px, 4x |" in text
-    assert "octaves beat sampling directly" in text
-    assert "more coherent than the UNet" in text and "FNO" not in text  # which was not trained
+    assert "| 20 px, 1.66x | 24 px, 2x | 36 px, 3x | 48 px, 4x | 96 px, 8x | 12x24 px, 1:2 |" in text
+    assert "octaves beat sampling directly" in text and "power, log10" in text
+    assert (
+        "DFU beats the UNet" in text and "octaves beat the cascade" in text and "FNO" not in text
+    )  # which was not trained
     rows = list(csv.DictReader(open("results/experiment.csv")))
     drawn = {(row["run"], row["size"]) for row in rows if row["method"] == "model"}
-    assert len(drawn) == 5 * 4 + 3 * 2 and ("dual-8-0", "24") in drawn and ("spatial-0", "48") in drawn
+    assert len(drawn) == 5 * 4 + 3 * 4 and ("dual-8-0", "24") in drawn and ("spatial-0", "48") in drawn
     assert Image.open("results/experiment_samples.png").size[0] == 6 * 130
     experiment.main(["picture", "out/dual-0", "out/spatial-0", *options])
     assert Image.open("out/samples.png").size == (6 * 130, 16 + 2 * 4 * 146)

@@ -17,6 +17,7 @@ from dfu_diffusers.evaluation.metrics import (
     box_downsample,
     frechet_distance,
     kernel_distance,
+    octave_power,
     precision_recall,
     radial_spectrum,
     random_patches,
@@ -397,6 +398,13 @@ def test_sliced_wasserstein_of_white_noise_of_known_shape():
     (distance,), _ = sliced_wasserstein(flat, white, per_image=8, directions=512)
     gaps = (1 - normals(10**5, seed=2).abs()).abs().mean().item() * math.sqrt(2 / math.pi)
     assert distance == pytest.approx(gaps, rel=0.12)
+
+
+def test_power_by_octave():
+    y, x = ((torch.arange(n) + 0.5) / n for n in (12, 24))
+    picture = 7 + torch.cos(5 * torch.pi * y)[:, None] + 0.1 * torch.cos(9 * torch.pi * x)  # modes (5, 0) and (0, 9)
+    power = octave_power(picture.expand(2, 3, -1, -1), (8, 8))
+    torch.testing.assert_close(power, torch.tensor([0.5, 0.005, 0.0]).double(), atol=1e-5, rtol=0)
 
 
 # --- repetition, agreement, seam -------------------------------------------------------------------------------------

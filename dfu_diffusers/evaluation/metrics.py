@@ -10,7 +10,7 @@ Two distances measure a model at sizes that it was not trained at. Both are Frec
 - patch distance: of `random_patches`, crops that are not resized, from the same places of real and generated images.
 
 `kernel_distance` suits small sets, and `precision_recall` separates the two kinds of failure. `radial_spectrum`,
-`sliced_wasserstein`, `repetition_score`, `agreement` and `wrap_seam` need no network.
+`octave_power`, `sliced_wasserstein`, `repetition_score`, `agreement` and `wrap_seam` need no network.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..models.modes import octave_sizes, to_modes
 from ..models.resampling import resample
 
 _CHUNK = 2**22  # numbers in a temporary array: 32 MiB in float64
@@ -309,6 +310,22 @@ def spectrum_distance(a: torch.Tensor, b: torch.Tensor) -> float:
         )
     difference = a.double().clamp(min=1e-15).log10() - b.double().clamp(min=1e-15).log10()
     return difference.square().mean().sqrt().item()
+
+
+def octave_power(images: torch.Tensor, base: tuple[int, int] = (8, 8)) -> torch.Tensor:
+    """Power in the cosine modes that each octave adds, a channel, without the mean brightness: (octaves,) in float64.
+
+    The first octave has the modes of the grid `base`, each further one those of a grid of twice the sides.
+
+    >>> wave = torch.cos(torch.pi * 9 * (torch.arange(16) + 0.5) / 16).expand(1, 1, 16, 16)  # 4.5 cycles
+    >>> octave_power(wave).round(decimals=6)
+    tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
+    images = _images("images", images)
+    power = sum(to_modes(image).double().square().mean(0).cpu() for image in images) / len(images)
+    power[0, 0] = 0
+    within = [power[:height, :width].sum() for height, width in octave_sizes(images.shape[-2:], base)]
+    return torch.stack(within).diff(prepend=torch.zeros(1, dtype=torch.float64))
 
 
 def sliced_wasserstein(

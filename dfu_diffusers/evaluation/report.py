@@ -67,6 +67,13 @@ def _spectrum(row: Compared):
     return (metrics.spectrum_distance(real, fake),)
 
 
+def _power(row: Compared):
+    """log10 of drawn to true power in the octave in which they differ most."""
+    real, fake = (metrics.octave_power(each.images).clamp(min=1e-15) for each in (row.references, row.samples))
+    errors = (fake / real).log10()
+    return (errors[errors.abs().argmax()],)
+
+
 def _wasserstein(row: Compared):
     return (metrics.sliced_wasserstein(row.references.images, row.samples.images, row.seed)[1],)
 
@@ -78,6 +85,7 @@ METRICS = {
     "patch": Metric({"patch_fd": "patch FD"}, "lower", True, _frechet("patch")),
     "precision": Metric({"precision": "precision", "recall": "recall"}, "higher", True, _precision_recall),
     "spectrum": Metric({"spectrum": "spectrum"}, "lower", False, _spectrum),
+    "power": Metric({"power": "power, worst octave"}, "real", False, _power),
     "wasserstein": Metric({"wasserstein": "sliced W"}, "lower", False, _wasserstein),
     "repetition": Metric(
         {"repetition": "repetition"}, "real", False, lambda row: (metrics.repetition_score(row.samples.images),)
