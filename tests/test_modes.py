@@ -15,6 +15,7 @@ from dfu_diffusers.models import modes, spectral
 from dfu_diffusers.models.cache import TensorCache
 from dfu_diffusers.models.modes import (
     beyond,
+    cell_averages,
     from_modes,
     mode_basis,
     num_modes,
@@ -49,6 +50,13 @@ def test_the_basis_is_orthonormal_and_made_of_the_stated_waves(n, periodic):
     for k in range(num_modes(n, periodic)):
         expected = direct_mode(k, centres(n), periodic) / math.sqrt(n)
         np.testing.assert_allclose(basis[k], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("cells, count", [(1, 1), (1, 4), (5, 3), (6, 17), (13, 26)])
+def test_averages_of_modes_over_cells(cells, count, periodic):
+    fine = [direct_mode(k, centres(500 * cells), periodic).reshape(cells, 500).mean(1) for k in range(count)]
+    np.testing.assert_allclose(cell_averages(cells, count, periodic), np.stack(fine, 1), atol=1e-4)
 
 
 @given(height=sides, width=sides, axes=st.sampled_from(ALL_AXES))

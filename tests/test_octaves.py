@@ -14,14 +14,16 @@ import torch
 from conftest import draw
 from diffusers import ConfigMixin, EDMEulerScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from sampling import GaussianDenoiser, assert_near, relative_error, sample, seeded, silent, spy
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
-from dfu_diffusers.models.modes import beyond, from_modes, num_modes, octave_sizes, to_modes
+from dfu_diffusers.models.modes import beyond, cell_averages, from_modes, num_modes, octave_sizes, to_modes
 from dfu_diffusers.models.refiner import DFURefinerOutput
 from dfu_diffusers.models.resampling import resample
-from dfu_diffusers.pipelines import dfu
+from dfu_diffusers.pipelines import dfu, super_resolution
 from dfu_diffusers.pipelines.octaves import NestedNoise, refine_in_strips
 
 ALL_AXES = [None, "x", "y", "xy"]
@@ -359,6 +361,35 @@ def test_super_resolution_keeps_the_modes_of_the_picture(enlarger, options, tile
     kept, given = (to_modes(x, (9, 12), axes, averaged=True) for x in (large, 2 * image - 1))
     torch.testing.assert_close(kept, given, rtol=0, atol=1e-5)
     assert beyond(large, (9, 12), axes).std() > 1e-3  # and adds to them
+
+
+@pytest.mark.parametrize("options", [dict(scale=1), dict(scale=1.25), dict(scale=2), dict(height=9, width=41)])
+@pytest.mark.parametrize("tileable", [None, "xy"])
+def test_super_resolution_keeps_the_averages_of_the_picture_by_default(enlarger, options, tileable):
+    """Of the function that the pixels of the result sample, at factors that are no integers, too."""
+    image, axes = torch.rand(2, 3, 9, 11, generator=seeded(1)), periodic(tileable)
+    large = enlarge(enlarger, image, tileable=tileable, **options)
+    modes = to_modes(large, periodic=axes, averaged=True).double()
+    rows, columns = map(cell_averages, (9, 11), modes.shape[-2:], axes)
+    torch.testing.assert_close(rows @ modes @ columns.T, 2 * image.double() - 1, rtol=0, atol=1e-4)
+    noisy, exact = enlarge(enlarger, image, noise_level=1e-9), enlarge(enlarger, image, consistency=False)
+    torch.testing.assert_close(noisy, exact, rtol=0, atol=1e-4)  # of noisy pictures the averages are not kept
+
+
+@given(
+    height=st.integers(1, 9), width=st.integers(1, 9), more=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    axes=st.sampled_from([(False, False), (True, False), (False, True)]),
+)  # fmt: skip
+def test_the_nearest_modes_with_the_averages(height, width, more, axes):
+    size = height + more[0], width + more[1]
+    image, picture = draw(1, 1, height, width), draw(1, 1, *size)
+    found = to_modes(super_resolution._with_averages(picture, image, axes), periodic=axes).flatten().double()
+    modes = to_modes(picture, periodic=axes)
+    matrices = map(cell_averages, (height, width), modes.shape[-2:], axes)
+    average = torch.kron(*matrices)  # of all modes as one vector
+    modes = modes.flatten().double()
+    nearest = modes + torch.linalg.pinv(average, rtol=1e-6) @ (image.flatten().double() - average @ modes)
+    torch.testing.assert_close(found, nearest, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(scale=3), dict(height=14, width=36)])

@@ -43,14 +43,35 @@ def mode_basis(n: int, periodic: bool = False, count: int | None = None) -> torc
 
 
 def _basis(n: int, periodic: bool, count: int) -> torch.Tensor:
+    waves, half_cycles = _waves(n, periodic, count)
+    alone = (half_cycles == 0) | (half_cycles == n)  # n half cycles: the sine at the Nyquist frequency
+    return (waves * torch.where(alone, 1, 2).double().div(n).sqrt()[:, None]).float()
+
+
+def _waves(n: int, periodic: bool, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The waves of the lowest modes at the centres of n pixels, (count, n) in float64, and their half cycles."""
     row = torch.arange(count, device="cpu")
     half_cycles = (row + 1) // 2 * 2 if periodic else row
     # The phase pi h (2j + 1) / 2n is reduced as an integer, so that it is exact.
     phase = torch.outer(half_cycles, 2 * torch.arange(n, device="cpu") + 1) % (4 * n)
     angle = phase.double() * (math.pi / (2 * n))
     waves = torch.where((row % 2 == 1)[:, None], angle.sin(), angle.cos()) if periodic else angle.cos()
-    alone = (half_cycles == 0) | (half_cycles == n)  # n half cycles: the sine at the Nyquist frequency
-    return (waves * torch.where(alone, 1, 2).double().div(n).sqrt()[:, None]).float()
+    return waves, half_cycles
+
+
+def cell_averages(cells: int, count: int, periodic: bool = False) -> torch.Tensor:
+    """The mean of each of the lowest `count` modes over each of the cells of an axis, (cells, count), float64.
+
+    Modes beyond those that the cells have are aliased: their means look like those of lower modes.
+
+    >>> cell_averages(2, 2)  # of 1 and sqrt(2) cos(pi y)
+    tensor([[ 1.0000,  0.9003],
+            [ 1.0000, -0.9003]], dtype=torch.float64)
+    """
+    waves, half_cycles = _waves(cells, periodic, count)
+    half_cycles = half_cycles.double()
+    scale = torch.where(half_cycles == 0, 1, 2).sqrt() * torch.sinc(half_cycles / (2 * cells))
+    return (waves * scale[:, None]).T.contiguous()
 
 
 _cached_basis = TensorCache(_basis, max_bytes=2**29)  # room for a picture of 8192 pixels a side

@@ -5,11 +5,13 @@ With a refiner the given image is the coarse picture, and the refiner adds the m
 the trunk is not needed. Without a refiner the image is resized, noise of a middle level of the schedule is added, and
 a DFU model denoises it from there (SDEdit, arXiv 2108.01073).
 
-With `consistency` the result is moved to the nearest image whose area averages are the given pixels (null-space
-projection, DDNM, arXiv 2212.00490, Equation 13).
+With `consistency` denoised images are moved to the nearest ones whose area averages are the given pixels (null-space
+projection, DDNM, arXiv 2212.00490, Equation 13). An average over a pixel mixes its finest modes with those beyond
+(aliasing). So the refiner starts from four fifths of the modes and draws the others, too, given the averages.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from diffusers.utils import logging
 from PIL import Image
 
 from ..checks import real_number
-from ..models.modes import average_pixels, octave_sizes, transform, unaverage_pixels
+from ..models.modes import Axes, average_pixels, cell_averages, from_modes, octave_sizes, to_modes, transform
 from .checks import _check_count, _check_latents, _check_positive, _check_retired, _check_strength
 from .dfu import DFUPipeline, Run
 from .images import read_images
@@ -30,6 +32,7 @@ from .octaves import NestedNoise, coefficients_of
 logger = logging.get_logger(__name__)
 
 TOLERANCE = 0.4 / 255  # of area averages before rounding to 8 bits, which adds at most 0.5 / 255; pixels in [0, 1]
+CLEAN_MODES = 0.8  # share of the modes of an image, along each axis, that are hardly aliased
 MAX_PROJECTIONS = 1000  # in a saturated cell of s x s pixels each one reduces the error by a share of about 1/s^2
 
 
@@ -103,9 +106,12 @@ class DFUSuperResolutionPipeline(DFUPipeline):
                 Needs a refiner.
             octave_steps: network calls of the refiner in each doubling of the sides. 1 gives the mean of all possible
                 results: nearest to the truth in squared error, but blurred.
-            consistency: the result, area-averaged to the size of the image, equals the image to 1/255 in each pixel,
-                after clamping and rounding to 8 bits. If the factor is not an integer, there may be no such result in
-                [0, 1]; a warning then says by how much it differs. None means True if both sides at least double.
+            consistency: True: the result, area-averaged to the size of the image, equals the image to 1/255 in each
+                pixel, after clamping and rounding to 8 bits. If the factor is not an integer, there may be no such
+                result in [0, 1]; a warning then says by how much it differs. False: the refiner takes the modes of
+                the image as exact. None, which is nearest to the truth: with a refiner, the averages hold for the
+                function that the result samples, and as with True where the factors are integers, unless there is a
+                `noise_level` or a side shrinks; without a refiner, True if both sides at least double.
             strength: share of the sampler's steps to take, in (0, 1], without a refiner. Low values stay close to
                 bicubic interpolation; 1 keeps only what `consistency` requires.
             num_inference_steps: steps of the whole schedule, without a refiner.
@@ -149,17 +155,17 @@ class DFUSuperResolutionPipeline(DFUPipeline):
             guidance_scale=guidance_scale,
             tileable=tileable,
         )
-        consistency = self._check_consistency(consistency, old_size, size)
+        at_steps, at_end = self._check_consistency(consistency, old_size, size, noise_level)
         noise_size = size if self.refiner is None else tuple(map(max, size, old_size))
         _check_latents(latents, (batch_size, self._channels, *noise_size))
 
         # 2. Sample
         image = 2 * image.to(self._execution_device) - 1
-        average = AreaAverage(image, size) if consistency else None
+        average = AreaAverage(image, size) if at_end else None
         if self.refiner is None:
             sample = self._denoise_resized(run, image, size, latents, strength, average)
         else:
-            sample = self._add_octaves(run, image, size, latents, noise_level)
+            sample = self._add_octaves(run, image, size, latents, noise_level, at_steps)
 
         # 3. Images
         if average is not None:
@@ -174,14 +180,21 @@ class DFUSuperResolutionPipeline(DFUPipeline):
     def _channels(self) -> int:
         return (self.refiner if self.unet is None else self.unet).config.in_channels
 
-    def _add_octaves(self, run: Run, image, size, latents, noise_level: float) -> torch.Tensor:
-        """The image, enlarged, with the detail that the refiner adds beyond the image's modes."""
-        periodic, octaves = run.periodic, octave_sizes(size, image.shape[-2:])
+    def _add_octaves(self, run: Run, image, size, latents, noise_level: float, consistent: bool) -> torch.Tensor:
+        """The image, enlarged, with the detail that the refiner adds beyond the image's modes; if `consistent`, beyond
+        those that are hardly aliased, given the image's averages."""
+        periodic, base = run.periodic, tuple(image.shape[-2:])
         noise = NestedNoise(run.batch_size, self._channels, run.generator, periodic, image.device)
         noise.normals = None if latents is None else coefficients_of(latents.to(image), periodic)
-        picture = unaverage_pixels(image, periodic)
+        project = None
+        if consistent:
+            base = tuple(max(1, round(CLEAN_MODES * side)) for side in base)
+            project = partial(_with_averages, image=image, periodic=periodic)
+        octaves = octave_sizes(size, base)
+        picture = from_modes(to_modes(image, base, periodic, averaged=True), base, periodic)
         with self._progress(run, self._refiner_calls(run, octaves)):
-            return average_pixels(self._refine(run, picture, octaves, noise, noise_level), periodic)
+            picture = self._refine(run, picture, octaves, noise, noise_level, project)
+        return average_pixels(project(picture) if consistent else picture, periodic)
 
     def _denoise_resized(self, run: Run, image, size, latents, strength: float, average) -> torch.Tensor:
         """The image resized, noised and denoised by `unet`."""
@@ -211,36 +224,34 @@ class DFUSuperResolutionPipeline(DFUPipeline):
             )
         return float(number)
 
-    @staticmethod
-    def _check_consistency(consistency: bool | None, old: tuple[int, int], size: tuple[int, int]) -> bool:
+    def _check_consistency(self, consistency: bool | None, old, size, noise_level: float) -> tuple[bool, bool]:
+        """Whether the averages hold at each step, and whether they hold to 1/255 at the end."""
+        shrinks = any(new < side for side, new in zip(old, size))
+        if consistency is None and self.refiner is None:
+            consistency = all(new >= 2 * side for side, new in zip(old, size))
         if consistency is None:
-            return all(new >= 2 * side for side, new in zip(old, size))
-        if consistency and any(new < side for side, new in zip(old, size)):
+            at_steps = noise_level == 0 and not shrinks
+            return at_steps, at_steps and all(new % side == 0 for side, new in zip(old, size))
+        if consistency and shrinks:
             raise ValueError(
                 f"With `consistency` no side may shrink, but {old[0]}x{old[1]} would become {size[0]}x{size[1]}: ask "
                 "for a larger size, or leave `consistency` out."
             )
-        return bool(consistency)
+        return bool(consistency), bool(consistency)
 
 
-class AreaAverage:
-    """The set of images of a larger size whose area averages are a given image, and projections onto it.
-
-    Averaging along an axis is a matrix A of full rank, one for rows and one for columns. So its pseudo-inverse is
-    A^T (A A^T)^-1 along each axis.
+class Averages:
+    """The set of arrays x (batch, channels, H, W) whose averages, rows x columns^T, are a given image, and the
+    projection onto it. With matrices A of full rank the pseudo-inverse along an axis is A^T (A A^T)^-1.
 
     Args:
         image: (batch, channels, h, w), the averages, in [-1, 1].
-        size: (H, W) of the images, H >= h and W >= w.
+        rows, columns: (h, H) and (w, W) in float64, with H >= h and W >= w.
     """
 
-    def __init__(self, image: torch.Tensor, size: tuple[int, int]):
-        matrices = [area_matrix(*sides) for sides in zip(image.shape[-2:], size)]
-        self.image = image
-        self.rows, self.columns = (matrix.to(image) for matrix in matrices)
-        self.inverse_rows, self.inverse_columns = (
-            torch.linalg.solve(matrix @ matrix.T, matrix).T.to(image) for matrix in matrices
-        )
+    def __init__(self, image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor):
+        self.image, self.rows, self.columns = image, rows.to(image), columns.to(image)
+        self.inverse_rows, self.inverse_columns = (_pseudo_inverse(each).to(image) for each in (rows, columns))
 
     def error(self, x: torch.Tensor, of=slice(None)) -> torch.Tensor:
         """The given image minus the averages of x (images, channels, H, W): (images, channels, h, w). `of` selects
@@ -248,8 +259,38 @@ class AreaAverage:
         return self.image[of] - transform(self.rows, x, self.columns)
 
     def project(self, x: torch.Tensor, of=slice(None)) -> torch.Tensor:
-        """The images nearest to x, in squared error, that have the averages."""
+        """The arrays nearest to x, in squared error, that have the averages."""
         return x + transform(self.inverse_rows, self.error(x, of), self.inverse_columns)
+
+
+def _pseudo_inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """A^T (A A^T)^-1. The small term serves the one case without full rank: an even tileable axis that does not grow,
+    where the average of no mode is the wave at the Nyquist frequency."""
+    product = matrix @ matrix.T
+    product.diagonal().add_(1e-11 * product.diagonal().mean())
+    return torch.linalg.solve(product, matrix).T
+
+
+def _with_averages(picture: torch.Tensor, image: torch.Tensor, periodic: Axes) -> torch.Tensor:
+    """The picture (batch, channels, H, W), values at pixel centres, with the nearest modes whose averages over the
+    pixels of `image` (batch, channels, h, w) are the image. A picture that is smaller than it is returned as it is."""
+    modes, cells = to_modes(picture, periodic=periodic), image.shape[-2:]
+    if any(new < side for new, side in zip(picture.shape[-2:], cells)):
+        return picture
+    matrices = (cell_averages(*each) for each in zip(cells, modes.shape[-2:], periodic))
+    return from_modes(Averages(image, *matrices).project(modes), picture.shape[-2:], periodic)
+
+
+class AreaAverage(Averages):
+    """The images of a larger size whose area averages are a given image, and projections onto them.
+
+    Args:
+        image: (batch, channels, h, w), the averages, in [-1, 1].
+        size: (H, W) of the images, H >= h and W >= w.
+    """
+
+    def __init__(self, image: torch.Tensor, size: tuple[int, int]):
+        super().__init__(image, *(area_matrix(*sides) for sides in zip(image.shape[-2:], size)))
 
     def project_into_range(self, x: torch.Tensor) -> torch.Tensor:
         """Project each image onto [-1, 1] and onto the averages in turn, until it has both."""
