@@ -42,9 +42,14 @@ from dfu_diffusers.evaluation.tables import markdown, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS = {1: "1x", 4 / 3: "1.33x", 5 / 3: "1.66x", 2: "2x", 3: "3x", 4: "4x", 8: "8x"}
-FAR = 2  # beyond this factor, and at twice the width, only some runs are sampled
-FAR_RUNS = ["dual-0", "spatial-0", "octaves-0", "octaves-1"]
-CASCADE_RUNS = ["dual-0"]
+# Which runs are sampled at which factors; "far" has twice the width, too.
+NEAR, FAR = 2, 4
+RUNS = {
+    "far": ["dual-0", "spatial-0", "octaves-0", "octaves-1"],
+    "farthest": ["dual-0", "octaves-0", "octaves-1"],
+    "cascade": ["dual-0"],
+}
+PARTS = ("near", *RUNS)
 SHOWN = 4  # largest factor in the picture
 COLUMNS = {
     "fd": "fidelity: Frechet distance",
@@ -86,10 +91,15 @@ class Budget:
     def largest(self) -> int:
         return max(self.resolutions)
 
-    def sizes(self, far: bool) -> dict[str, str]:
-        """Sizes as words of a command line, and how they are related to the largest in training."""
-        names = {f"{round(factor * self.largest)}": name for factor, name in FACTORS.items() if (factor > FAR) == far}
-        return names | {f"{self.largest}x{2 * self.largest}": "1:2"} if far else names
+    def sizes(self, part: str | None = None) -> dict[str, str]:
+        """Sizes of a part of the evaluation, or all, and how they are related to the largest in training."""
+        sizes = {"near": {}, "far": {f"{self.largest}x{2 * self.largest}": "1:2"}, "farthest": {}}
+        for factor, name in FACTORS.items():
+            within = "near" if factor <= NEAR else "far" if factor <= FAR else "farthest"
+            sizes[within][f"{round(factor * self.largest)}"] = name
+        everything = sizes["near"] | sizes["far"] | sizes["farthest"]
+        beyond = dict(list(everything.items())[1:])
+        return {None: everything, "cascade": beyond, **sizes}[part]
 
 
 BUDGETS = {
@@ -227,18 +237,17 @@ def train(names: list[str], budget: Budget, args: argparse.Namespace) -> None:
 
 def evaluate(names: list[str], budget: Budget, args: argparse.Namespace) -> None:
     """Samples and metrics of the finished runs among `names`; what was sampled before is kept."""
-    output, near, far = args.output_dir, budget.sizes(far=False), budget.sizes(far=True)
+    output = args.output_dir
     finished = [run for run in names if (output / run / "model_index.json").exists()]
     if not finished:
         raise SystemExit(f"None of {', '.join(names)} is finished in {output}: run `train` first.")
-    beyond = [*list(near)[1:], *far]
-    for part, runs, sizes in (("near", finished, near), ("far", FAR_RUNS, far), ("cascade", CASCADE_RUNS, beyond)):
-        chosen = [run for run in finished if run in runs]
+    for part in args.parts:
+        chosen = [run for run in finished if run in RUNS.get(part, finished)]
         if not chosen:
             continue
         options = {
             "model": [output / run for run in chosen],
-            "sizes": list(sizes),
+            "sizes": list(budget.sizes(part)),
             "train_size": budget.largest,
             "num_images": budget.images,
             "extractor": args.extractor,
@@ -261,7 +270,7 @@ def evaluate(names: list[str], budget: Budget, args: argparse.Namespace) -> None
 
 def read_results(output: Path) -> dict[str, dict]:
     """What the evaluations wrote, by part."""
-    files = {part: output / part / "results.json" for part in ("near", "far", "cascade")}
+    files = {part: output / part / "results.json" for part in PARTS}
     found = {part: json.loads(file.read_text(encoding="utf-8")) for part, file in files.items() if file.exists()}
     if "near" not in found:
         raise SystemExit(f"There are no results in {output}: run `train` and `evaluate` first.")
@@ -294,12 +303,8 @@ def by_kind(rows: list[dict], column: str) -> dict[str, dict[str, list[float]]]:
     return values
 
 
-def all_sizes(budget: Budget) -> dict[str, str]:
-    return budget.sizes(far=False) | budget.sizes(far=True)
-
-
 def table(rows: list[dict], column: str, heading: str, budget: Budget) -> str:
-    values, sizes = by_kind(rows, column), all_sizes(budget)
+    values, sizes = by_kind(rows, column), budget.sizes()
     sizes = {size: name for size, name in sizes.items() if any(size in row for row in values.values())}
     return markdown(
         [
@@ -382,7 +387,7 @@ def claims(rows: list[dict], budget: Budget) -> str:
     lines = []
     for (claim, ours, theirs), column in itertools.product(compared, ("fd", "kid", "coherence")):
         values = by_kind(rows, column)
-        found = [(size, values[ours][size], values[theirs][size]) for size in all_sizes(budget)]
+        found = [(size, values[ours][size], values[theirs][size]) for size in budget.sizes()]
         found = [(size, a, b) for size, a, b in found if a and b]
         if found:
             cells = "; ".join(f"{size} px {numbers(a)} against {numbers(b)}" for size, a, b in found)
@@ -432,6 +437,7 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="in training and sampling")
     parser.add_argument("--data_dir", type=Path, help="with train/ and validation/, rather than portraits")
     parser.add_argument("--extractor", default="portrait", help="of features, as of evaluate_dfu.py")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the evaluation")
     parser.add_argument("--processes", type=int, default=1, help="that share an evaluation")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/experiment"))
     parser.add_argument("--results_dir", type=Path, default=ROOT / "experiments" / "results")
