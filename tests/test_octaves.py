@@ -440,7 +440,7 @@ def test_the_default_size_is_that_of_the_refiner(make_octaves):
     assert sample(make_octaves(), 2, octave_steps=1).shape == (1, 3, 16, 16)
 
 
-def test_refiners_that_do_not_fit(make_model, make_refiner):
+def test_refiners_that_do_not_fit(make_model, make_refiner, tmp_path):
     def pipe(unet, **refiner):
         return silent(DFUPipeline(make_model(**unet), EDMHeunScheduler(), refiner=make_refiner(**refiner)))
 
@@ -452,6 +452,11 @@ def test_refiners_that_do_not_fit(make_model, make_refiner):
         DFUSuperResolutionPipeline(None, EDMHeunScheduler())
     with pytest.raises(ValueError, match="DFUPipeline needs a unet"):
         DFUPipeline(None, EDMHeunScheduler(), refiner=make_refiner())
+    DFUSuperResolutionPipeline(None, EDMHeunScheduler(), refiner=make_refiner()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved without a `unet`, which DFUPipeline needs: load it with DFUSuper"):
+        DFUPipeline.from_pretrained(tmp_path)
+    unet = make_model(sample_size=8)
+    assert DFUPipeline.from_pretrained(tmp_path, unet=unet).unet is unet
 
 
 def test_a_tileable_refiner_tiles_pictures_by_default(make_refiner):

@@ -41,7 +41,7 @@ class DFUPipelineBase(DiffusionPipeline):
         diffusers would otherwise fall back to a `.bin` file, a pickle, which can run code when it is opened.
 
         Raises:
-            ValueError: `use_safetensors=False`.
+            ValueError: `use_safetensors=False`, or a pipeline without a `unet` that this class needs.
             OSError: a component has no safetensors weights.
         """
         if kwargs.get("use_safetensors") is False:
@@ -49,7 +49,15 @@ class DFUPipelineBase(DiffusionPipeline):
                 f"{cls.__name__} loads safetensors only (use_safetensors=False asks for pickles): convert the files, "
                 f"or pass `unet` as you loaded it."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        except ValueError as error:
+            if "unet" in {*cls._optional_components, *kwargs} or "but only {" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was saved without a `unet`, which {cls.__name__} needs: load it "
+                "with DFUSuperResolutionPipeline, or pass `unet=`."
+            ) from error
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DFUPipelineBase":
