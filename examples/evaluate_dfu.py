@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 import dfu_diffusers
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, hub
-from dfu_diffusers.command_line import DTYPES, count, device_name, git_commit, natural, resolution
+from dfu_diffusers.command_line import DTYPES, count, device_name, git_commit, natural, positive, resolution
 from dfu_diffusers.data.dataset import ImageDataset
 from dfu_diffusers.data.folders import load_table
 from dfu_diffusers.data.resolutions import Size, format_resolution
@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_inference_steps", type=count, default=18)
     add("--octave_steps", type=count, help="of the refiner, in each doubling of the size (default: the pipeline's)")
     add("--class_labels", nargs="+", type=natural, help="classes to draw, in turn (default: all of the model's)")
+    add("--guidance_scale", type=positive, help="of the classes or of the guide (default: the pipeline's)")
     add("--strategy", choices=STRATEGIES, help="default: octaves with a refiner, else direct; see docs/zero_shot.md")
     add("--dtype", choices=DTYPES, default="float32", help="of the models, in sampling")
     add("--batch_size", type=count, default=32, help="images at once in each process")
@@ -115,7 +116,7 @@ def parse_args(argv) -> argparse.Namespace:
 
 def ways_to_sample(args) -> dict:
     """Arguments of the pipeline that are given."""
-    names = ("octave_steps", "strategy")
+    names = ("octave_steps", "guidance_scale", "strategy")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

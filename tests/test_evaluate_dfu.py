@@ -222,6 +222,15 @@ def test_a_strategy_changes_what_lies_beyond_the_training_size(tmp_path, model):
     assert "strategy cascade" in (tmp_path / "cascade" / "results.md").read_text()
 
 
+def test_guidance_changes_what_is_drawn(tmp_path, make_model):
+    DFUPipeline(make_model(num_class_embeds=3), EDMHeunScheduler()).save_pretrained(tmp_path / "tiny")
+    options = ["--metrics", "spectrum", "--sizes", "16", "--num_images", "4", "--class_labels", "0"]
+    for scale in ("1", "3"):
+        evaluate(tmp_path / "tiny", tmp_path / scale, *options, "--guidance_scale", scale)
+    plain, guided = (figures(tmp_path / scale)["tiny", "16x16"] for scale in ("1", "3"))
+    assert plain != guided and "guidance_scale 3.0" in (tmp_path / "3" / "results.md").read_text()
+
+
 def test_octaves_are_measured_from_the_refiner_s_size_on(tmp_path, octaves):
     options = ["--metrics", "agreement", "--sizes", "16", "24", "--num_images", "4", "--octave_steps", "2"]
     evaluate(octaves, tmp_path / "octaves", *options)
