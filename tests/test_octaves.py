@@ -372,8 +372,6 @@ def test_super_resolution_keeps_the_averages_of_the_picture_by_default(enlarger,
     modes = to_modes(large, periodic=axes, averaged=True).double()
     rows, columns = map(cell_averages, (9, 11), modes.shape[-2:], axes)
     torch.testing.assert_close(rows @ modes @ columns.T, 2 * image.double() - 1, rtol=0, atol=1e-4)
-    noisy, exact = enlarge(enlarger, image, noise_level=1e-9), enlarge(enlarger, image, consistency=False)
-    torch.testing.assert_close(noisy, exact, rtol=0, atol=1e-4)  # of noisy pictures the averages are not kept
 
 
 @given(

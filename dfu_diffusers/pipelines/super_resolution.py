@@ -110,8 +110,8 @@ class DFUSuperResolutionPipeline(DFUPipeline):
                 pixel, after clamping and rounding to 8 bits. If the factor is not an integer, there may be no such
                 result in [0, 1]; a warning then says by how much it differs. False: the refiner takes the modes of
                 the image as exact. None, which is nearest to the truth: with a refiner, the averages hold for the
-                function that the result samples, and as with True where the factors are integers, unless there is a
-                `noise_level` or a side shrinks; without a refiner, True if both sides at least double.
+                function that the result samples, and as with True where the factors are integers, unless a side
+                shrinks; without a refiner, True if both sides at least double.
             strength: share of the sampler's steps to take, in (0, 1], without a refiner. Low values stay close to
                 bicubic interpolation; 1 keeps only what `consistency` requires.
             num_inference_steps: steps of the whole schedule, without a refiner.
@@ -155,7 +155,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
             guidance_scale=guidance_scale,
             tileable=tileable,
         )
-        at_steps, at_end = self._check_consistency(consistency, old_size, size, noise_level)
+        at_steps, at_end = self._check_consistency(consistency, old_size, size)
         noise_size = size if self.refiner is None else tuple(map(max, size, old_size))
         _check_latents(latents, (batch_size, self._channels, *noise_size))
 
@@ -224,14 +224,13 @@ class DFUSuperResolutionPipeline(DFUPipeline):
             )
         return float(number)
 
-    def _check_consistency(self, consistency: bool | None, old, size, noise_level: float) -> tuple[bool, bool]:
+    def _check_consistency(self, consistency: bool | None, old, size) -> tuple[bool, bool]:
         """Whether the averages hold at each step, and whether they hold to 1/255 at the end."""
         shrinks = any(new < side for side, new in zip(old, size))
         if consistency is None and self.refiner is None:
             consistency = all(new >= 2 * side for side, new in zip(old, size))
         if consistency is None:
-            at_steps = noise_level == 0 and not shrinks
-            return at_steps, at_steps and all(new % side == 0 for side, new in zip(old, size))
+            return not shrinks, all(new % side == 0 for side, new in zip(old, size))
         if consistency and shrinks:
             raise ValueError(
                 f"With `consistency` no side may shrink, but {old[0]}x{old[1]} would become {size[0]}x{size[1]}: ask "
