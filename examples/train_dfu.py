@@ -34,7 +34,6 @@ from dfu_diffusers.training.reporter import Reporter, describe
 from dfu_diffusers.training.step import (
     DataError,
     StopSignal,
-    WeightAverages,
     exchange_gradients,
     full_tensor,
     next_batch,
@@ -70,19 +69,19 @@ class Run:
         if args.dry_run:
             return
 
-        # Loss, optimizer, averages.
+        # Loss, optimizer, average.
         optimizer, self.lr_scheduler = setup.build_optimizer(args, self.network)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.loss = setup.build_loss(args, self.part, self.model, scalings, self.data.num_classes)
-        self.averages = WeightAverages(accelerator, self.model, setup.average_rules(args))
+        self.average = setup.build_average(args, accelerator, self.model)
         if self.checkpoint:
             self.resume()
         card = hub.card_head(args.hub_license)
         if args.push_to_hub and accelerator.is_main_process:
             args.hub_model_id = hub.check_push(args.hub_model_id or self.output.name, args.hub_private, card=card)
         self.reporter = Reporter(
-            args, command, accelerator, self.network, self.averages, self.scheduler, self.data, validation
+            args, command, accelerator, self.network, self.average, self.scheduler, self.data, validation
         )
 
     def train(self) -> None:
@@ -96,7 +95,7 @@ class Run:
                 loss, grad_norm, stopping = self.step(step, batches, stop.name is not None)
                 self.lr_scheduler.step()
                 if math.isfinite(loss) and math.isfinite(grad_norm):
-                    self.averages.step()
+                    self.average.step()
                     nonfinite = 0
                 else:
                     nonfinite += 1
@@ -157,11 +156,11 @@ class Run:
 
     def save(self, done: int) -> None:
         """Write checkpoint-DONE, from which a run goes on to the bit."""
-        checkpoints.check_finite(self.averages, done, self.args)
+        checkpoints.check_finite(self.average, done, self.args)
 
         def save(folder: Path) -> None:
             checkpoints.save_state(self.accelerator, self.model, self.optimizer, folder)
-            self.averages.save(folder)
+            self.average.save(folder)
             if self.accelerator.is_main_process:
                 self.network.save_config(folder)
                 facts = json.dumps(self.reporter.facts(), indent=2)
@@ -173,7 +172,7 @@ class Run:
         changed = checkpoints.changes_since(self.checkpoint, self.args, self.data.facts())
         with checkpoints.readable(self.checkpoint):
             checkpoints.load_state(self.accelerator, self.model, self.optimizer, self.checkpoint)
-            self.averages.load(self.checkpoint)
+            self.average.load(self.checkpoint)
         setup.set_learning_rate(self.lr_scheduler, self.optimizer, self.start, self.args.learning_rate)
         self.accelerator.print(f"Resumed from {self.checkpoint}." + " Changed: " * bool(changed) + ", ".join(changed))
 

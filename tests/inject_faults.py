@@ -30,7 +30,7 @@ from dfu_diffusers.training.checkpoints import (
     save_state,
 )
 from dfu_diffusers.training.ema import HalfLifeEMA
-from dfu_diffusers.training.step import WeightAverages
+from dfu_diffusers.training.step import WeightAverage
 
 # --- A run and its checkpoint ---
 
@@ -44,14 +44,14 @@ class SmallRun:
         levels = dict(block_out_channels=(8, 12), fourier_modes=(2, None), attention_levels=())
         model = DFUModel(layers_per_block=1, **levels)
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-3))
-        self.averages = WeightAverages(self.accelerator, self.model, {"ema": lambda p: HalfLifeEMA(p, 4, 100)})
+        self.average = WeightAverage(self.accelerator, self.model, lambda p: HalfLifeEMA(p, 4, 100))
         for _ in range(steps):
             sum(p.square().sum() for p in self.model.parameters()).backward()
-            self.optimizer.step(), self.optimizer.zero_grad(), self.averages.step()
+            self.optimizer.step(), self.optimizer.zero_grad(), self.average.step()
 
     def write(self, folder: Path) -> None:
         save_state(self.accelerator, self.model, self.optimizer, folder)
-        self.averages.save(folder)
+        self.average.save(folder)
 
     def save(self, output: Path, step: int) -> Path:
         return save_checkpoint(self.accelerator, output, step, self.write, 9)
@@ -59,7 +59,7 @@ class SmallRun:
     def load(self, folder: Path) -> None:
         with readable(folder):
             load_state(self.accelerator, self.model, self.optimizer, folder)
-            self.averages.load(folder)
+            self.average.load(folder)
 
 
 # --- Files of an attacker ---

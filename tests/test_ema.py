@@ -1,29 +1,18 @@
-"""Averages against brute force: all weights of a random walk kept, and averaged with the profile's numbers."""
+"""The average against brute force: all weights of a random walk kept, and averaged with the decays' numbers."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import save_file
 from torch import nn
 
-from dfu_diffusers.training.ema import (
-    HalfLifeEMA,
-    PowerEMA,
-    fit_profile,
-    gamma_from_sigma_rel,
-    profile_product,
-    reconstruct,
-    save_snapshot,
-)
+from dfu_diffusers.training.ema import HalfLifeEMA
 
-AVERAGES = {
-    "half-life": lambda parameters: HalfLifeEMA(parameters, batch_size=32, halflife_images=500),
-    "power": lambda parameters: PowerEMA(parameters, sigma_rel=0.1),
-}
+
+def average(parameters):
+    return HalfLifeEMA(parameters, batch_size=32, halflife_images=500)
 
 
 class Walker(nn.Module):
@@ -83,32 +72,9 @@ def test_weights_count_half_after_a_half_life():
     assert ema.get_decay(400) < ema.get_decay(401) == ema.get_decay(10_000)
 
 
-@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25, math.sqrt(1 / 12)])
-def test_power_is_the_brute_force_average(sigma_rel):
-    """Step k counts what its interval [k-1, k] holds of the continuous profile; gamma 0 is the plain mean."""
-    model, steps = Walker(torch.float64), 300
-    ema = PowerEMA(model.parameters(), sigma_rel)
-    history = track(model, [ema], steps)
-    edges = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (ema.gamma + 1)
-    assert (flat(ema) - edges.diff() @ history).abs().max() < 1e-12
-    if ema.gamma == 0:
-        assert (flat(ema) - history.mean(0)).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("sigma_rel", [1e-3, 0.05, 0.2, math.sqrt(1 / 12)])
-def test_sigma_rel_is_the_deviation_of_the_profile(sigma_rel):
-    gamma = gamma_from_sigma_rel(sigma_rel)
-    tau = (np.arange(200_000) + 0.5) / 200_000
-    profile = (gamma + 1) * tau**gamma / len(tau)
-    mean = (profile * tau).sum()
-    assert gamma >= 0 and profile.sum() == pytest.approx(1, rel=1e-4)
-    assert math.sqrt((profile * (tau - mean) ** 2).sum()) == pytest.approx(sigma_rel, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", AVERAGES)
-def test_the_first_step_copies_and_frozen_parameters_stay(name):
+def test_the_first_step_copies_and_frozen_parameters_stay():
     model = Walker()
-    ema = AVERAGES[name](model.parameters())
+    ema = average(model.parameters())
     assert isinstance(ema, EMAModel)
     track(model, [ema], steps=1)
     assert (flat(ema) - model.flat()).abs().max() < 1e-6
@@ -117,14 +83,13 @@ def test_the_first_step_copies_and_frozen_parameters_stay(name):
     assert not torch.equal(ema.shadow_params[0], model.weight)
 
 
-@pytest.mark.parametrize("name", AVERAGES)
-def test_resume_is_the_uninterrupted_run_bit_for_bit(name, tmp_path):
+def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path):
     straight, model = Walker(), Walker()
-    expected, ema = AVERAGES[name](straight.parameters()), AVERAGES[name](model.parameters())
+    expected, ema = average(straight.parameters()), average(model.parameters())
     track(straight, [expected], steps=20)
     track(model, [ema], steps=11)
     torch.save(ema.state_dict(), tmp_path / "ema.pt")
-    resumed = AVERAGES[name](Walker(seed=1).walk().parameters())
+    resumed = average(Walker(seed=1).walk().parameters())
     resumed.load_state_dict(torch.load(tmp_path / "ema.pt"))
     track(model, [resumed], steps=9)
     assert resumed.optimization_step == expected.optimization_step == 20
@@ -154,122 +119,6 @@ def test_averages_of_half_precision_weights_are_float32():
     assert torch.equal(model.flat(), flat(ema).bfloat16())
 
 
-def test_profile_product_is_the_integral():
-    for t, gamma, u, delta in [(300.0, 0.0, 500.0, 2.5), (400.0, 16.97, 250.0, 6.94), (7.0, 0.3, 7.0, 0.3)]:
-        m = min(t, u)
-        tau = (np.arange(1_000_000) + 0.5) / 1_000_000 * m
-        p = (gamma + 1) * (tau / t) ** gamma / t
-        q = (delta + 1) * (tau / u) ** delta / u
-        assert profile_product(t, gamma, u, delta) == pytest.approx((p * q).mean() * m, rel=1e-5)
-
-
-def snapshot(ema, model, folder):
-    weights = dict(zip([name for name, _ in model.named_parameters()], ema.shadow_params))
-    return save_snapshot(weights, ema.sigma_rel, ema.optimization_step, folder)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A walk of 400 steps, snapshots of two widths every 25, and the truth for other widths at steps 300 and 400."""
-    folder, model, truth = tmp_path_factory.mktemp("snapshots"), Walker(), {}
-    stored = [PowerEMA(model.parameters(), sigma_rel) for sigma_rel in (0.05, 0.1)]
-    others = [PowerEMA(model.parameters(), sigma_rel) for sigma_rel in (0.07, 0.15)]
-    for step in range(25, 401, 25):
-        track(model, stored + others, steps=25)
-        for ema in stored:
-            snapshot(ema, model, folder)
-        if step in (300, 400):
-            truth |= {(ema.sigma_rel, step): flat(ema).clone() for ema in stored + others}
-            truth["weights", step] = model.flat()
-    return folder, truth
-
-
-@pytest.mark.parametrize("sigma_rel, step", [(0.05, 400), (0.1, 300), (0.07, 400), (0.07, 300), (0.15, 400)])
-def test_reconstruction_finds_averages_never_stored(run, sigma_rel, step):
-    """Widths stored or not come back to float16's precision: errors of 0.02 to 0.03% of the weights, which is 0.08 to
-    0.16% of the distance between the average and the last weights, that is, of what averaging changes."""
-    folder, truth = run
-    state, expected = reconstruct(folder, sigma_rel, step), truth[sigma_rel, step]
-    error = (torch.cat([state["weight"].flatten(), state["bias"]]) - expected).norm()
-    print(f"{error / expected.norm():.1e} {error / (truth['weights', step] - expected).norm():.1e}")
-    assert error < 4e-4 * expected.norm()
-    assert error < 3e-3 * (truth["weights", step] - expected).norm()
-
-
-def test_reconstruction_leaves_constant_parameters_alone(run):
-    state = reconstruct(run[0], 0.07)
-    assert list(state["frozen"].shape) == [300] and {tensor.dtype for tensor in state.values()} == {torch.float32}
-    assert (state["frozen"] / Walker().frozen - 1).abs().max() < 2**-10  # float16's rounding, no more
-    weights, error = fit_profile([100, 200, 300, 400] * 2, [16.97] * 4 + [6.94] * 4, 400, 10.94)
-    assert weights.sum() == pytest.approx(1, abs=1e-12) and error < 0.04
-
-
-def test_a_models_average_loads_back_into_it(make_model, tmp_path):
-    model = make_model()
-    ema = PowerEMA(model.parameters(), 0.1)
-    ema.step(model.parameters())
-    snapshot(ema, model, tmp_path)
-    twin = make_model()
-    twin.load_state_dict(reconstruct(tmp_path, 0.1))
-    for parameter, expected in zip(twin.parameters(), model.parameters()):
-        assert torch.equal(parameter, expected.half().float())
-
-
-def test_a_poor_fit_is_said(run):
-    with pytest.warns(UserWarning, match="sigma_rel=0.01 at step 400 poorly: the profile is off by"):
-        reconstruct(run[0], 0.01)
-
-
-def test_snapshots_are_named_typed_and_atomic(tmp_path, monkeypatch):
-    model = Walker()
-    ema = PowerEMA(model.parameters(), 0.05)
-    track(model, [ema], steps=3)
-    assert snapshot(ema, model, tmp_path / "new").name == "ema-0.05-3.safetensors"
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ema-0.05-3.safetensors"]
-    assert (tmp_path / "new" / "ema-0.05-3.safetensors").stat().st_size < 2 * (1000 + 7 + 300) + 1000
-
-    def disk_full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "replace", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        snapshot(ema, model, tmp_path / "full")
-    assert not list((tmp_path / "full").iterdir())
-
-
-def test_errors_of_snapshots(run, tmp_path):
-    folder, _ = run
-    model = Walker()
-    ema = PowerEMA(model.parameters(), 0.05)
-    with pytest.raises(ValueError, match="no step yet"):
-        snapshot(ema, model, tmp_path)
-    track(model, [ema], steps=2)
-    with pytest.raises(ValueError, match="no snapshot"):
-        reconstruct(tmp_path, 0.1)
-    with pytest.raises(ValueError, match="reach from step 1 to 400, but step 401"):
-        reconstruct(folder, 0.1, step=401)
-    for sigma_rel in (0, 0.29, -1, float("nan")):
-        with pytest.raises(ValueError, match="sigma_rel must lie in"):
-            reconstruct(folder, sigma_rel)
-    snapshot(ema, model, tmp_path)
-    other = nn.Linear(3, 3)
-    ema_of_other = PowerEMA(other.parameters(), 0.1)
-    ema_of_other.step(other.parameters())
-    snapshot(ema_of_other, other, tmp_path)
-    with pytest.raises(ValueError, match="different models"):
-        reconstruct(tmp_path, 0.1)
-    save_file({"weight": torch.zeros(1)}, tmp_path / "ema-other.safetensors")
-    with pytest.raises(ValueError, match="does not say its step"):
-        reconstruct(tmp_path, 0.1)
-    (tmp_path / "ema-other.safetensors").write_bytes(b"truncated")
-    with pytest.raises(ValueError, match="ema-other.safetensors cannot be read"):
-        reconstruct(tmp_path, 0.1)
-    with torch.no_grad():
-        ema.shadow_params[1][3] = 7e4
-    with pytest.raises(ValueError, match="average of bias reaches 7e.04"):
-        snapshot(ema, model, tmp_path)
-
-
 def test_rejects_settings_out_of_range():
     parameters = list(Walker().parameters())
     with pytest.raises(ValueError, match="halflife_images must be positive"):
@@ -278,5 +127,3 @@ def test_rejects_settings_out_of_range():
         HalfLifeEMA(parameters, batch_size=0, halflife_images=100)
     with pytest.raises(ValueError, match="rampup_ratio must be positive, or None"):
         HalfLifeEMA(parameters, batch_size=32, halflife_images=100, rampup_ratio=0.0)
-    with pytest.raises(ValueError, match="sigma_rel must lie in"):
-        PowerEMA(parameters, sigma_rel=0.3)

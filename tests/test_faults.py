@@ -71,7 +71,7 @@ def test_the_state_comes_back_to_the_bit(saved, new_run):
     assert before["state"].keys() == after["state"].keys()
     for index, values in before["state"].items():
         assert all(torch.equal(after["state"][index][name], value) for name, value in values.items())
-    assert after["param_groups"][0]["lr"] == 1e-3 and fresh.averages.averages["ema"].optimization_step == 3
+    assert after["param_groups"][0]["lr"] == 1e-3 and fresh.average.average.optimization_step == 3
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
 
 
@@ -95,9 +95,9 @@ def test_flipped_bits_are_noticed(saved, say, count):
 
 def test_an_average_that_is_not_finite_is_noticed(new_run):
     run = new_run()
-    assert run.averages.are_finite()
-    run.averages.averages["ema"].shadow_params[-1].view(-1)[-1] = float("nan")
-    assert not run.averages.are_finite()
+    assert run.average.is_finite()
+    run.average.average.shadow_params[-1].view(-1)[-1] = float("nan")
+    assert not run.average.is_finite()
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", "null"])
@@ -214,7 +214,7 @@ def test_killed_while_it_replaces_files_it_leaves_old_or_new_ones(tmp_path, say,
 OPTIONS = [
     "--model_config", str(train_dfu.CONFIGS / "tiny.json"), "--resolutions", "8", "8x12", "--batch_size", "4",
     "--checkpointing_steps", "3", "--lr_scheduler", "constant", "--report_images", "1000000000", "--report_to", "none",
-    "--num_validation_images", "0", "--augment_probability", "0.4", "--power_ema", "0.1",
+    "--num_validation_images", "0", "--augment_probability", "0.4",
 ]  # fmt: skip
 ENDLESS = ["--max_train_steps", "1000000"]
 
@@ -225,7 +225,7 @@ def interrupt(kind, count, seconds, output, *options):
 
 
 def train_to(step, output, *options):
-    """In this process; the weights, averages and moments of its last checkpoint."""
+    """In this process; the weights, their average and moments of its last checkpoint."""
     run(*OPTIONS, "--max_train_steps", step, "--output_dir", output, *options)
     folder = output / f"checkpoint-{step}"
     assert find_corruption(folder) is None

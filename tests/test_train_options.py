@@ -66,7 +66,6 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, op
         (["--batch_size", "3", "--max_pixels_per_batch", "60"], "max_pixels=60 is less than one image"),
         (["--upsample_weight", "0.3"], "upsample_weight=0.3"),
         (["--freeze", "level:7"], "level:7"),
-        (["--power_ema", "0.5"], "sigma_rel must lie in"),
         (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
         (["--report_to", "abacus"], "abacus"),
     ],

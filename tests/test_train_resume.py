@@ -28,7 +28,7 @@ pytest_plugins = "training_runs"
 
 THOROUGH = [
     "--max_train_steps", "9", "--max_pixels_per_batch", "200", "--augment_probability", "0.4", "--random_flip",
-    "--random_crop", "--power_ema", "0.1", "--upsample_resolutions", "12x16", "--upsample_weight", "0.3",
+    "--random_crop", "--upsample_resolutions", "12x16", "--upsample_weight", "0.3",
 ]  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def losses(folder):
 
 
 def state(folder, step):
-    """All that a checkpoint holds: weights, averages, optimizer."""
+    """All that a checkpoint holds: weights, average, optimizer."""
     folder = folder / f"checkpoint-{step}"
     tensors = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     return {**tensors, "settings": json.loads((folder / "optimizer.json").read_text())}

@@ -145,9 +145,9 @@ def changes_since(folder: Path, args: Options, data: dict) -> list[str]:
     return changed
 
 
-def check_finite(averages, done: int, args: Options) -> None:
-    """Raise a CheckpointError where weights are not finite; `averages` are a `WeightAverages`."""
-    if not averages.are_finite():
+def check_finite(average, done: int, args: Options) -> None:
+    """Raise a CheckpointError where weights are not finite; `average` is a `WeightAverage`."""
+    if not average.is_finite():
         raise diverged(f"The weights are not finite after step {done}", args)
 
 

@@ -109,7 +109,6 @@ class OptimizerOptions:
     max_nonfinite_steps: Count = option(10, "without a finite loss, in a row, end the run")
     ema_halflife_images: Positive = option(20_000, "half-life of the averaged weights")
     ema_rampup_ratio: Positive = option(0.05, "the half-life is at most this times the images seen")
-    power_ema: list[Positive] = option([], "widths of more averages (EDM2: 0.05 0.1), for ema.reconstruct")
 
 
 @dataclass

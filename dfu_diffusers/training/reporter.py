@@ -22,13 +22,12 @@ from ..command_line import device_name, git_commit
 from ..data.resolutions import MixedResolutionBatchSampler, Size, format_resolution, source_size
 from ..files import write_atomically
 from .checkpoints import check_finite, diverged, replace_contents, set_aside
-from .ema import save_snapshot
 from .freezing import summary
 from .losses import ValidationLoss, fit_size
 from .options import Options, public_options
 from .reports import Table, activation_bytes, enlargement_sheet, plot_losses, sample_sheet, sheet_sizes
 from .setup import Data
-from .step import WeightAverages
+from .step import WeightAverage
 
 
 class Reporter:
@@ -40,11 +39,11 @@ class Reporter:
 
     def __init__(
         self, args: Options, command: str, accelerator: Accelerator, network: DFUModel | DFURefiner,
-        averages: WeightAverages, scheduler: EDMHeunScheduler, data: Data, validation: ValidationLoss | None,
+        average: WeightAverage, scheduler: EDMHeunScheduler, data: Data, validation: ValidationLoss | None,
     ):  # fmt: skip
         self.args, self.command, self.output = args, command, Path(args.output_dir)
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        self.network, self.averages, self.scheduler = network, averages, scheduler
+        self.network, self.average, self.scheduler = network, average, scheduler
         self.data, self.validation = data, validation
 
     def facts(self) -> dict:
@@ -123,13 +122,8 @@ class Reporter:
 
     def report(self, done: int) -> None:
         """Write the pipeline as it is, its samples and its loss on held-out images."""
-        check_finite(self.averages, done, self.args)
-        weights = self.averages.weights("ema")
-        for sigma_rel in self.args.power_ema:
-            snapshot = self.averages.weights(f"power-{sigma_rel}")
-            if self.main:
-                steps = self.averages.averages[f"power-{sigma_rel}"].optimization_step
-                save_snapshot(snapshot, sigma_rel, steps, self.output / "power_ema")
+        check_finite(self.average, done, self.args)
+        weights = self.average.weights()
         if self.main:
             pipe = self._pipeline(weights)
             if self.validation and not self._has_validated(done):
@@ -203,6 +197,6 @@ def describe(args: Options, network, data: Data, sampler: MixedResolutionBatchSa
     trained, weights = (
         sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (False, True)
     )
-    copies = 4 * (weights * (2 + len(args.power_ema)) + 3 * trained)
-    lines.append(f"weights, averages, gradients and Adam's moments: {copies / 2**30:.2f} GiB in float32")
+    copies = 4 * (2 * weights + 3 * trained)
+    lines.append(f"weights, average, gradients and Adam's moments: {copies / 2**30:.2f} GiB in float32")
     return "\n".join(lines)

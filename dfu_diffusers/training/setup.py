@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the options of a training run ask for: processes, data, network, losses, optimizer, averages."""
+"""What the options of a training run ask for: processes, data, network, losses, optimizer, average."""
 
 import contextlib
 import datetime
@@ -25,11 +25,11 @@ from ..data.resolutions import MixedResolutionBatchSampler, source_size
 from ..data.streams import ImageStream, ignore_signals
 from .augment import GeometricAugment
 from .checkpoints import check_architecture, read_object
-from .ema import HalfLifeEMA, PowerEMA
+from .ema import HalfLifeEMA
 from .freezing import freeze
 from .losses import OctaveLoss, OctaveValidationLoss, TrainingLoss, ValidationLoss, detail_std, fit_size
 from .options import Options
-from .step import keep_freed_memory
+from .step import WeightAverage, keep_freed_memory
 
 HELD_OUT_PORTRAITS = 10_001  # added to --seed: the series of portraits that validation looks at
 MODELS = {"unet": DFUModel, "refiner": DFURefiner}  # by the component of the pipeline that they are
@@ -341,11 +341,10 @@ def set_learning_rate(lr_scheduler, optimizer, step: int, rate: float) -> None:
         group["initial_lr"], group["lr"] = rate, rate * scale(step)
 
 
-def average_rules(args: Options) -> dict:
-    """How to make each average of the weights: "ema" is what the pipeline gets, the others leave snapshots."""
-
-    def halflife(parameters):
-        return HalfLifeEMA(parameters, args.batch_size, args.ema_halflife_images, args.ema_rampup_ratio)
-
-    power = {f"power-{width}": functools.partial(PowerEMA, sigma_rel=width) for width in args.power_ema}
-    return {"ema": halflife, **power}
+def build_average(args: Options, accelerator: Accelerator, model) -> WeightAverage:
+    """The average of a prepared model's weights, which the pipeline gets."""
+    make = functools.partial(
+        HalfLifeEMA, batch_size=args.batch_size, halflife_images=args.ema_halflife_images,
+        rampup_ratio=args.ema_rampup_ratio,
+    )  # fmt: skip
+    return WeightAverage(accelerator, model, make)

@@ -1,5 +1,5 @@
 # Copyright 2026 The dfu_diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the training loop needs under Accelerate: batches, gradients, averages of weights, and signals."""
+"""What the training loop needs under Accelerate: batches, gradients, the average of the weights, and signals."""
 
 import contextlib
 import ctypes
@@ -89,13 +89,13 @@ def exchange_gradients(accelerator: Accelerator, model, now: bool):
     return contextlib.nullcontext() if now else accelerator.no_sync(model)
 
 
-class WeightAverages:
-    """Moving averages of a model's weights: on the main process alone, or in shares where FSDP shards the model.
+class WeightAverage:
+    """Moving average of a model's weights: on the main process alone, or in shares where FSDP shards the model.
 
     Args:
         accelerator: that prepared the model.
         model: as prepared.
-        rules: by name, a function that makes an average of a list of parameters, such as
+        make: makes the average of a list of parameters, such as
             `lambda parameters: HalfLifeEMA(parameters, batch_size, halflife_images)`.
 
     Its methods are called by all processes.
@@ -104,59 +104,52 @@ class WeightAverages:
         ValueError: the model's weights are spread in a way that they cannot be averaged in.
     """
 
-    def __init__(self, accelerator: Accelerator, model, rules: dict[str, Callable[[list], EMAModel]]):
+    FILE = "average-ema.safetensors"
+
+    def __init__(self, accelerator: Accelerator, model, make: Callable[[list], EMAModel]):
         kind = accelerator.distributed_type
         if kind == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
             raise ValueError("FSDP version 1 flattens the weights: set fsdp_version: 2 in Accelerate's configuration.")
         if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("DeepSpeed's zero_stage: 3 spreads each weight: use stage 1 or 2, or FSDP.")
-        self.accelerator, self.rules = accelerator, rules
+        self.accelerator = accelerator
         self.parameters = dict(accelerator.unwrap_model(model, keep_torch_compile=False).named_parameters())
-        self.holds_a_share = accelerator.is_main_process or kind == DistributedType.FSDP
-        values = list(self.parameters.values())
-        self.averages = {name: make(values) for name, make in rules.items()} if self.holds_a_share else {}
+        holds_a_share = accelerator.is_main_process or kind == DistributedType.FSDP
+        self.average = make(list(self.parameters.values())) if holds_a_share else None
 
-    def are_finite(self) -> bool:
-        """Whether all weights and averages are, on every process."""
-        shadows = (shadow for average in self.averages.values() for shadow in average.shadow_params)
+    def is_finite(self) -> bool:
+        """Whether all weights and their averages are, on every process."""
+        shadows = self.average.shadow_params if self.average else []
         tensors = (p.to_local() if isinstance(p, DTensor) else p for p in (*self.parameters.values(), *shadows))
         broken = not all(tensor.isfinite().all() for tensor in tensors)
         return self.accelerator.reduce(torch.tensor(float(broken), device=self.accelerator.device), "sum").item() == 0
 
     def step(self) -> None:
-        for average in self.averages.values():
-            average.step(self.parameters.values())
+        if self.average:
+            self.average.step(self.parameters.values())
 
     @torch.no_grad()
-    def weights(self, rule: str) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """Averaged weights by name, whole and on the CPU, on the main process; {} on the others."""
-        if not self.holds_a_share:
+        if not self.average:
             return {}
-        whole = ((name, full_tensor(p)) for name, p in zip(self.parameters, self.averages[rule].shadow_params))
+        whole = ((name, full_tensor(p)) for name, p in zip(self.parameters, self.average.shadow_params))
         return {name: p.cpu().contiguous() for name, p in whole if self.accelerator.is_main_process}
 
     def save(self, folder: Path) -> None:
-        """One average-RULE.safetensors each, whatever the number of processes."""
-        for rule in self.rules:
-            weights = self.weights(rule)
-            if self.accelerator.is_main_process:
-                metadata = {"optimization_step": str(self.averages[rule].optimization_step)}
-                save_file(weights, folder / f"average-{rule}.safetensors", metadata)
+        """One file, whatever the number of processes."""
+        weights = self.weights()
+        if self.accelerator.is_main_process:
+            save_file(weights, folder / self.FILE, {"optimization_step": str(self.average.optimization_step)})
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote.
-
-        Raises:
-            ValueError: a rule that the run did not have from its start.
-        """
-        for rule, average in self.averages.items():
-            path = folder / f"average-{rule}.safetensors"
-            if not path.exists():
-                raise ValueError(f"{folder} holds no average {rule!r}, which cannot begin in the middle of a run.")
-            with safe_open(path, "pt") as file:
-                for name, shadow in zip(self.parameters, average.shadow_params):
-                    shadow.copy_(place_like(file.get_tensor(name), shadow))
-                average.optimization_step = int(file.metadata()["optimization_step"])
+        """What `save` wrote."""
+        if not self.average:
+            return
+        with safe_open(folder / self.FILE, "pt") as file:
+            for name, shadow in zip(self.parameters, self.average.shadow_params):
+                shadow.copy_(place_like(file.get_tensor(name), shadow))
+            self.average.optimization_step = int(file.metadata()["optimization_step"])
 
 
 class StopSignal:
