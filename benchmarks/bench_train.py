@@ -3,7 +3,7 @@
 
 python benchmarks/bench_train.py [--sizes 32 64 96] [--batch_size 32] [--steps 12] [--output OUTPUT]
 
-For each size: images per second of examples/train_dfu.py's own step (data, noise, averages, logs and all) and of a
+For each size: images per second of examples/train_dfu.py's own step (data, noise, average, logs and all) and of a
 bare one (forward, backward, Adam, on the same images again and again), which take turns, and of the loader alone.
 Options unknown here go to train_dfu.py. Prints a Markdown table; --output writes the rows, too. Rates are medians,
 the ratio the median over pairs of steps.
@@ -57,7 +57,7 @@ def step_seconds(run, size: int) -> list[tuple[float, float]]:
     def script(done):
         loss, grad_norm, _ = run.step(done - 1, batches)
         run.lr_scheduler.step()
-        run.averages.step()
+        run.average.step()
         run.reporter.log(done, (size, size), loss, grad_norm, run.lr_scheduler.get_last_lr()[0])
 
     def seconds(function, done):

@@ -147,12 +147,12 @@ def test_a_run_leaves_table_curves_sheet_and_a_valid_card(tmp_path, model, monke
     text = (model / hub.CARD).read_text()
     hub.check_card(text)
     results = ModelCard(text).data.eval_results
-    assert "Text that stays." in text and len({result.metric_name for result in results}) == len(results) == 20
+    assert "Text that stays." in text and len({result.metric_name for result in results}) == len(results) == 22
     protocol = "(projection, 12 images, 2 steps, strategy cascade)"
     value = next(each.metric_value for each in results if each.metric_name == f"FD at 20x31 px {protocol}")
     assert value == figures(tmp_path)["tiny", "20x31"]["fd"]
     evaluate(model, tmp_path, *options, "--metrics", "fd")  # nothing is drawn, none lost
-    assert len(ModelCard((model / hub.CARD).read_text()).data.eval_results) == 20
+    assert len(ModelCard((model / hub.CARD).read_text()).data.eval_results) == 22
 
 
 def test_several_models_are_compared(tmp_path, model, make_model):
