@@ -399,6 +399,13 @@ def test_super_resolution_keeps_area_averages_where_asked(enlarger, options):
     assert (resample(pixels, (7, 9))[0].movedim(0, -1) - torch.from_numpy(image)).abs().max() <= 1
 
 
+def test_super_resolution_to_the_same_size_asks_no_network(enlarger):
+    image = torch.rand(1, 3, 9, 11, generator=seeded(1))
+    with spy(enlarger.refiner, lambda *_: pytest.fail("the refiner was called")):
+        same = enlarge(enlarger, image, scale=1)
+    torch.testing.assert_close(same, 2 * image - 1, rtol=0, atol=1e-5)
+
+
 def test_a_told_noise_level_reaches_the_refiner(enlarger):
     levels = []
     with spy(enlarger.refiner, lambda x, t, coarse, noise, *_: levels.append(noise)):

@@ -187,14 +187,14 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         noise = NestedNoise(run.batch_size, self._channels, run.generator, periodic, image.device)
         noise.normals = None if latents is None else coefficients_of(latents.to(image), periodic)
         project = None
-        if consistent:
+        if consistent and size != base:
             base = tuple(max(1, round(CLEAN_MODES * side)) for side in base)
             project = partial(_with_averages, image=image, periodic=periodic)
         octaves = octave_sizes(size, base)
         picture = from_modes(to_modes(image, base, periodic, averaged=True), base, periodic)
         with self._progress(run, self._refiner_calls(run, octaves)):
             picture = self._refine(run, picture, octaves, noise, noise_level, project)
-        return average_pixels(project(picture) if consistent else picture, periodic)
+        return average_pixels(picture if project is None else project(picture), periodic)
 
     def _denoise_resized(self, run: Run, image, size, latents, strength: float, average) -> torch.Tensor:
         """The image resized, noised and denoised by `unet`."""
