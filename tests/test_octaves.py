@@ -384,7 +384,7 @@ def test_the_nearest_modes_with_the_averages(height, width, more, axes):
     found = to_modes(super_resolution._with_averages(picture, image, axes), periodic=axes).flatten().double()
     modes = to_modes(picture, periodic=axes)
     matrices = map(cell_averages, (height, width), modes.shape[-2:], axes)
-    average = torch.kron(*matrices)  # of all modes as one vector
+    average = torch.from_numpy(np.kron(*matrices))  # of all modes as one vector
     modes = modes.flatten().double()
     nearest = modes + torch.linalg.pinv(average, rtol=1e-6) @ (image.flatten().double() - average @ modes)
     torch.testing.assert_close(found, nearest, rtol=0, atol=1e-3)

@@ -71,7 +71,7 @@ def cell_averages(cells: int, count: int, periodic: bool = False) -> torch.Tenso
     waves, half_cycles = _waves(cells, periodic, count)
     half_cycles = half_cycles.double()
     scale = torch.where(half_cycles == 0, 1, 2).sqrt() * torch.sinc(half_cycles / (2 * cells))
-    return (waves * scale[:, None]).T.contiguous()
+    return (waves * scale[:, None]).T
 
 
 _cached_basis = TensorCache(_basis, max_bytes=2**29)  # room for a picture of 8192 pixels a side
