@@ -55,8 +55,9 @@ def workers(loader: DataLoader) -> Iterator[Iterator]:
     batches = iter(loader)
     try:
         yield batches
-    except RuntimeError as error:  # raised by a signal handler of torch's, wherever the run is
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, ConnectionError) as error:  # of torch's signal handler; of a read from the dead process
+        died = any(not process.is_alive() for process in getattr(batches, "_workers", []))
+        if "DataLoader worker (pid" not in str(error) and not (died and isinstance(error, ConnectionError)):
             raise
         raise DataError(
             f"a process that loads images died ({error}), often for lack of memory. Use fewer --num_workers, perhaps "
