@@ -23,8 +23,9 @@ from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, DFUSuperResolutionPip
 from dfu_diffusers.models.modes import beyond, cell_averages, from_modes, num_modes, octave_sizes, to_modes
 from dfu_diffusers.models.refiner import DFURefinerOutput
 from dfu_diffusers.models.resampling import resample
-from dfu_diffusers.pipelines import dfu, super_resolution
+from dfu_diffusers.pipelines import dfu
 from dfu_diffusers.pipelines.octaves import NestedNoise, refine_in_strips
+from dfu_diffusers.pipelines.super_resolution import ModeAverages
 
 ALL_AXES = [None, "x", "y", "xy"]
 
@@ -381,7 +382,7 @@ def test_super_resolution_keeps_the_averages_of_the_picture_by_default(enlarger,
 def test_the_nearest_modes_with_the_averages(height, width, more, axes):
     size = height + more[0], width + more[1]
     image, picture = draw(1, 1, height, width), draw(1, 1, *size)
-    found = to_modes(super_resolution._with_averages(picture, image, axes), periodic=axes).flatten().double()
+    found = to_modes(ModeAverages(image, axes).project(picture), periodic=axes).flatten().double()
     modes = to_modes(picture, periodic=axes)
     matrices = map(cell_averages, (height, width), modes.shape[-2:], axes)
     average = torch.from_numpy(np.kron(*matrices))  # of all modes as one vector

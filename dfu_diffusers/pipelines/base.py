@@ -52,7 +52,8 @@ class DFUPipelineBase(DiffusionPipeline):
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         except ValueError as error:
-            if "unet" in {*cls._optional_components, *kwargs} or "but only {" not in str(error):
+            given = str(error).partition("but only {")[2]  # diffusers lists the components that it found
+            if "unet" in {*cls._optional_components, *kwargs} or not given or "'unet'" in given:
                 raise
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved without a `unet`, which {cls.__name__} needs: load it "

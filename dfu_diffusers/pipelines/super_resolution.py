@@ -11,7 +11,6 @@ projection, DDNM, arXiv 2212.00490, Equation 13). An average over a pixel mixes 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -189,7 +188,7 @@ class DFUSuperResolutionPipeline(DFUPipeline):
         project = None
         if consistent and size != base:
             base = tuple(max(1, round(CLEAN_MODES * side)) for side in base)
-            project = partial(_with_averages, image=image, periodic=periodic)
+            project = ModeAverages(image, periodic).project
         octaves = octave_sizes(size, base)
         picture = from_modes(to_modes(image, base, periodic, averaged=True), base, periodic)
         with self._progress(run, self._refiner_calls(run, octaves)):
@@ -270,14 +269,29 @@ def _pseudo_inverse(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(product, matrix).T
 
 
-def _with_averages(picture: torch.Tensor, image: torch.Tensor, periodic: Axes) -> torch.Tensor:
-    """The picture (batch, channels, H, W), values at pixel centres, with the nearest modes whose averages over the
-    pixels of `image` (batch, channels, h, w) are the image. A picture that is smaller than it is returned as it is."""
-    modes, cells = to_modes(picture, periodic=periodic), image.shape[-2:]
-    if any(new < side for new, side in zip(picture.shape[-2:], cells)):
-        return picture
-    matrices = (cell_averages(*each) for each in zip(cells, modes.shape[-2:], periodic))
-    return from_modes(Averages(image, *matrices).project(modes), picture.shape[-2:], periodic)
+class ModeAverages:
+    """Projections of pictures of any size onto those whose averages over the pixels of an image are the image. In
+    modes the averages are exact at every factor.
+
+    Args:
+        image: (batch, channels, h, w), the averages, in [-1, 1].
+        periodic: axes, (rows, columns), that tile.
+    """
+
+    def __init__(self, image: torch.Tensor, periodic: Axes):
+        self.image, self.periodic, self._averages = image, periodic, {}
+
+    def project(self, picture: torch.Tensor) -> torch.Tensor:
+        """The picture (batch, channels, H, W), values at pixel centres, with the nearest modes that have the averages;
+        as it is if it is smaller than the image."""
+        size, cells = picture.shape[-2:], self.image.shape[-2:]
+        if any(side < cell for side, cell in zip(size, cells)):
+            return picture
+        modes = to_modes(picture, periodic=self.periodic)
+        if size not in self._averages:  # once an octave, not at each step
+            matrices = (cell_averages(*each) for each in zip(cells, modes.shape[-2:], self.periodic))
+            self._averages[size] = Averages(self.image, *matrices)
+        return from_modes(self._averages[size].project(modes), size, self.periodic)
 
 
 class AreaAverage(Averages):
