@@ -212,7 +212,8 @@ def command(script: str, options: dict) -> list[str]:
 
 
 def execute(words: list[str]) -> None:
-    subprocess.run(words, check=True)
+    if subprocess.run(words).returncode:  # the script has said why
+        raise SystemExit("The experiment stopped: the same command goes on with it.")
 
 
 def train(names: list[str], budget: Budget, args: argparse.Namespace) -> None:
