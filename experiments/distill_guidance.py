@@ -18,11 +18,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from dfu_diffusers import DFURefiner, EDMHeunScheduler
+from dfu_diffusers import DFURefiner
 from dfu_diffusers.command_line import count
 from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
 from dfu_diffusers.data.resolutions import Size
-from dfu_diffusers.training.losses import OctaveLoss
+from dfu_diffusers.training.losses import OctaveLoss, octave_scalings
 from pictures import CHECKPOINT
 
 # Size, images in a batch, and how often it is drawn.
@@ -79,8 +79,7 @@ def main(argv=None) -> DFURefiner:
         parser.error(f"portraits have 3 channels, but --model and --guide take {channels[0]} and {channels[1]}")
     student = copy.deepcopy(strong).train()
     distillation = Distillation(student, strong, weak, args.guidance_scale)
-    scalings = EDMHeunScheduler(sigma_data=strong.config.detail_std)
-    loss = OctaveLoss(distillation, scalings)
+    loss = OctaveLoss(distillation, octave_scalings(strong.config))
     optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, args.steps)
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.998))

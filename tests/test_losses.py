@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from conftest import draw, redraw
 
 from dfu_diffusers import DFURefiner, EDMHeunScheduler
-from dfu_diffusers.models.modes import average_pixels
+from dfu_diffusers.models.modes import average_pixels, from_modes, to_modes
+from dfu_diffusers.pipelines.octaves import octave_scheduler
 from dfu_diffusers.training.augment import GeometricAugment
 from dfu_diffusers.training.losses import (
     OctaveLoss,
@@ -18,8 +19,10 @@ from dfu_diffusers.training.losses import (
     ValidationLoss,
     coarse_grids,
     detail_std,
+    fit_power_law,
     fit_size,
     image_normals,
+    octave_scalings,
     refiner_loss,
 )
 
@@ -295,9 +298,35 @@ def test_the_deviation_of_detail_is_that_of_white_noise():
     assert detail_std(smooth) < 1e-6
 
 
+def test_the_deviation_of_an_octave_is_measured_on_larger_images_too():
+    white = draw(200, 2, 16, 12)
+    small = from_modes(to_modes(white, (8, 6)), (8, 6))
+    assert detail_std(average_pixels(white), (8, 6)) == pytest.approx(detail_std(average_pixels(small)), rel=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [0, -0.3, 0.5])
+def test_the_power_law_of_detail_is_found(exponent):
+    sides = [12, 20, 32.5]
+    stds = [0.2 * (side / 64) ** exponent for side in sides]
+    assert fit_power_law(sides, stds, [1, 5, 2]) == pytest.approx((0.2, exponent))
+    assert fit_power_law([16, 16], [0.1, 0.1], [1, 2]) == pytest.approx((0.1, 0))
+
+
+def test_training_and_sampling_take_the_same_deviation_of_each_octave():
+    model = make_refiner(detail_std=0.1, detail_exponent=-0.5)
+    loss = OctaveLoss(model, octave_scalings(model.config))
+    for size, expected in (((64, 64), 0.1), ((16, 16), 0.2), ((128, 512), 0.05)):
+        assert loss.scalings(size).config.sigma_data == pytest.approx(expected)
+        sampler = octave_scheduler(EDMHeunScheduler(), model, size, 4)
+        assert sampler.config.sigma_data == pytest.approx(expected)
+    clean = 0.5 * draw(2, 3, 16, 16)
+    old = OctaveLoss(model, octave_scalings(make_refiner(detail_std=0.2).config))
+    assert torch.equal(loss(clean, [0, 1], (16, 16)), old(clean, [0, 1], (16, 16)))
+
+
 def test_the_octaves_of_an_image_depend_on_its_number_alone():
     model = make_refiner()
-    loss = OctaveLoss(model, EDMHeunScheduler(sigma_data=0.2), seed=3)
+    loss = OctaveLoss(model, octave_scalings(model.config), seed=3)
     clean = 0.5 * draw(6, 3, 13, 10)
     whole = loss(clean, list(range(40, 46)), (13, 10))
     parts = [loss(clean[part], list(range(40, 46))[part], (13, 10)) for part in (slice(0, 2), slice(2, 6))]
@@ -316,7 +345,7 @@ def test_a_refiner_learns():
     """Detail that follows from the coarse picture: stripes of the sign of its mean."""
     torch.manual_seed(0)
     model = DFURefiner(in_channels=1, hidden_channels=16, num_layers=1, detail_std=0.3)
-    loss_of = OctaveLoss(model, EDMHeunScheduler(sigma_data=0.3))
+    loss_of = OctaveLoss(model, octave_scalings(model.config))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     stripes = 0.5 * torch.cos(math.pi * 11 * (torch.arange(12) + 0.5) / 12).expand(1, 1, 12, 12)
     losses = []
@@ -332,12 +361,12 @@ def test_a_refiner_learns():
 
 def test_validation_of_octaves_is_the_loss_from_half_the_size():
     model = make_refiner().eval()
-    scheduler = EDMHeunScheduler(sigma_data=0.2)
-    validation = OctaveValidationLoss(HeldOut(), [(8, 8), (5, 12)], scheduler, p_mean=-2.3, p_std=1.4, bins=2)
+    scalings = octave_scalings(model.config)
+    validation = OctaveValidationLoss(HeldOut(), [(8, 8), (5, 12)], scalings, p_mean=-2.3, p_std=1.4, bins=2)
     first, second = validation(model), validation(model)
     assert list(first) == [(8, 8), (5, 12)] and all(torch.equal(first[size], second[size]) for size in first)
     assert all(values.shape == (3,) and values.isfinite().all() for values in first.values())
-    cut = OctaveValidationLoss(HeldOut(), [(8, 8)], scheduler, source_resolution=(16, 16))
+    cut = OctaveValidationLoss(HeldOut(), [(8, 8)], scalings, source_resolution=(16, 16))
     sizes = []
     cut.dataset = type(
         "Spy", (HeldOut,), {"__getitem__": lambda s, i: sizes.append(i[1]) or HeldOut.__getitem__(s, i)}

@@ -21,7 +21,7 @@ from sampling import GaussianDenoiser, assert_near, relative_error, sample, seed
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
 from dfu_diffusers.models.modes import beyond, cell_averages, from_modes, num_modes, octave_sizes, to_modes
-from dfu_diffusers.models.refiner import DFURefinerOutput
+from dfu_diffusers.models.refiner import DFURefinerOutput, octave_std
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.pipelines import dfu
 from dfu_diffusers.pipelines.octaves import NestedNoise, refine_in_strips
@@ -166,15 +166,20 @@ class GaussianTrunk(GaussianDenoiser):
 
 
 class GaussianRefiner(ModelMixin, ConfigMixin):
-    """The best denoiser of detail whose new modes have the mean `mean_of_new_modes` and the deviation `amplitude`."""
+    """The best denoiser of detail whose new modes have the mean `mean_of_new_modes` and the deviation `amplitude`. Its
+    scalings differ from octave to octave."""
 
     @register_to_config
-    def __init__(self, in_channels=1, detail_std=0.15, sigma_max=8.0, sample_size=16, coarse_size=8, tileable=None):
+    def __init__(
+        self, in_channels=1, detail_std=0.1, detail_exponent=-0.3, sigma_max=8.0, sample_size=16, coarse_size=8,
+        tileable=None,
+    ):  # fmt: skip
         super().__init__()
         self.one = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, sample, timestep, coarse, coarse_noise, tileable=None, return_dict=True):
-        axes, size, std, sigma = periodic(tileable), sample.shape[-2:], self.config.detail_std, torch.exp(4 * timestep)
+        axes, size, sigma = periodic(tileable), sample.shape[-2:], torch.exp(4 * timestep)
+        std = octave_std(self.config, size)
         total = sigma**2 + std**2
         x = sample * total.sqrt()
         modes = to_modes(x, periodic=axes)

@@ -89,6 +89,8 @@ def test_wrong_arguments_are_named(refiner):
         (dict(in_channels=0), "`in_channels`.*0"),
         (dict(num_layers=1.5), "`num_layers`.*1.5"),
         (dict(detail_std=-1), "`detail_std`.*-1"),
+        (dict(detail_exponent=-3), r"`detail_exponent`.*\[-2, 2\].*-3"),
+        (dict(detail_exponent="low"), "`detail_exponent`.*'low'"),
         (dict(sigma_max=float("nan")), "`sigma_max`.*nan"),
         (dict(coarse_size=True), "`coarse_size`.*True"),
         (dict(tileable="diagonal"), "`tileable`.*diagonal"),

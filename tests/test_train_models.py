@@ -48,6 +48,7 @@ def test_a_refiner_is_trained_and_resumed_and_goes_with_a_trunk(tmp_path, refine
     upscaler = DFUSuperResolutionPipeline.from_pretrained(tmp_path / "whole")
     config = upscaler.refiner.config
     assert (config.sample_size, config.coarse_size) == (12, 4) and 0.02 < config.detail_std < 0.5
+    assert -1 < config.detail_exponent < 0
     assert upscaler.unet is None
     # Held-out portraits of 4 px, and what the refiner makes of them at 8, 16 and 32 px.
     assert Image.open(tmp_path / "whole" / "samples.png").size == (56 + 4 * 130, 4 * 130)

@@ -357,7 +357,7 @@ class DFUPipeline(DFUPipelineBase):
         """The picture that has `modes`, those of the grid `coarse`, and detail beyond them. `condition` is the picture
         without this detail, with noise of deviation `told`. `project` as in `_refine`."""
         size, periodic = condition.shape[-2:], run.periodic
-        scheduler = octave_scheduler(self.scheduler, self.refiner, run.octave_steps, condition.device)
+        scheduler = octave_scheduler(self.scheduler, self.refiner, size, run.octave_steps, condition.device)
 
         def predict(sample, timestep):  # the sample has no coarse modes, so the denoised detail must have none
             options = dict(coarse_noise=told, tileable=run.tileable, max_pixels=self._max_pixels)

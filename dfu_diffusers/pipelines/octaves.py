@@ -8,6 +8,7 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 
 from ..models.modes import Axes, from_modes, mode_basis, num_modes, to_modes, transform
+from ..models.refiner import octave_std
 from .noise import nested_normals
 
 COARSE_NOISE = 0.01  # standard deviation of the noise added to the coarse picture; the refiner is told this value
@@ -80,8 +81,10 @@ def _draw_seed(generator: torch.Generator | None) -> int:
     return torch.randint(2**62, (), generator=generator, device=device, dtype=torch.int64).item()
 
 
-def octave_scheduler(scheduler, refiner, steps: int, device="cpu") -> EDMDPMSolverMultistepScheduler:
-    """The sampler of the refiner's detail, set to its start: one network call per step.
+def octave_scheduler(
+    scheduler, refiner, size: tuple[int, int], steps: int, device="cpu"
+) -> EDMDPMSolverMultistepScheduler:
+    """The sampler of the refiner's detail of a picture of `size`, set to its start: one network call per step.
 
     The method is always DPM-Solver++(2M) (arXiv 2211.01095): the coarse picture determines much of the detail, so six
     calls are as good as 19 with Heun's method, which leaves noise with fewer calls. Of the pipeline's scheduler only
@@ -90,7 +93,7 @@ def octave_scheduler(scheduler, refiner, steps: int, device="cpu") -> EDMDPMSolv
     config = refiner.config
     with torch.device("cpu"):  # where diffusers would make its tensors depends on the default device
         sampler = EDMDPMSolverMultistepScheduler(
-            sigma_data=config.detail_std,
+            sigma_data=octave_std(config, size),
             sigma_max=config.sigma_max,
             prediction_type=scheduler.config["prediction_type"],
         )

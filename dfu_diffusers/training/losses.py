@@ -7,8 +7,9 @@ the image in the run): the same for any number of processes and any micro-batche
 first image of the micro-batch). So a checkpoint needs no state of a random number generator.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 
 from ..data.resolutions import Size, source_size
 from ..models.modes import from_modes, share_beyond, to_modes
+from ..models.refiner import DETAIL_SIDE, octave_std
+from ..schedulers.edm_heun import EDMHeunScheduler
 
 TOLD_NOISE = 0.003, 0.3  # range of the noise on a refiner's coarse picture
 SAMPLING_NOISE = 0.01  # the noise on it when pictures are generated
@@ -67,7 +70,7 @@ def refiner_loss(
 
     Args:
         model: a `DFURefiner`, or a wrapper of one.
-        scheduler: an `EDMHeunScheduler` whose sigma_data is the model's `detail_std`.
+        scheduler: an `EDMHeunScheduler` whose sigma_data is the deviation of detail, see `octave_scalings`.
         modes: (batch, channels, height, width), `to_modes(images, averaged=True)`; one size per batch.
         coarse: (batch, 2) integers, rows and columns of each picture's coarse grid: at most height and width, and not
             both equal to them.
@@ -122,16 +125,42 @@ def coarse_grids(size: Size, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.where((coarse == sides).all(1, keepdim=True), (sides + 1) // 2, coarse)
 
 
-def detail_std(images: torch.Tensor) -> float:
-    """Deviation of the detail of images beyond half their size, as of white noise: what `detail_std` of a refiner is.
+def octave_scalings(config, scheduler: EDMHeunScheduler | None = None) -> Callable[[Size], EDMHeunScheduler]:
+    """The scalings of EDM around a refiner of this configuration, by the size of the picture: sigma_data is the
+    deviation of its detail. All else is as in `scheduler`."""
+    scheduler = EDMHeunScheduler() if scheduler is None else scheduler
+
+    @functools.cache
+    def scalings(size: Size) -> EDMHeunScheduler:
+        return EDMHeunScheduler.from_config(scheduler.config, sigma_data=octave_std(config, size))
+
+    return scalings
+
+
+def detail_std(images: torch.Tensor, size: Size | None = None) -> float:
+    """Deviation of the detail that pictures of `size` have beyond half of it, in units of white noise.
 
     Args:
         images: (batch, channels, height, width), averages over pixels, of at least 2 pixels.
+        size: at most that of the images, which is the default.
     """
-    size = tuple(images.shape[-2:])
+    size = tuple(size or images.shape[-2:])
     half = torch.tensor([[(side + 1) // 2 for side in size]])
-    power = (to_modes(images, averaged=True) * ~_lowest(size, half)).double().square().sum((2, 3)).mean().item()
+    power = (to_modes(images, size, averaged=True) * ~_lowest(size, half)).double().square().sum((2, 3)).mean().item()
     return math.sqrt(power / share_beyond(size, tuple(half[0].tolist())))
+
+
+def fit_power_law(sides: Sequence[float], stds: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """`detail_std` and `detail_exponent` of a refiner, by weighted least squares in the logarithms. If all sides are
+    equal, the exponent is 0.
+
+    >>> std, exponent = fit_power_law([16, 32, 64], [0.4, 0.2, 0.1], [1, 1, 1])
+    >>> round(std, 6), round(exponent, 6)
+    (0.1, -1.0)
+    """
+    logs = np.log(np.array(sides) / DETAIL_SIDE)
+    *exponent, log_std = np.polyfit(logs, np.log(stds), 1 if np.ptp(logs) > 0 else 0, w=np.sqrt(weights))
+    return math.exp(log_std), float(sum(exponent))
 
 
 def fit_size(images: torch.Tensor, size: Size) -> torch.Tensor:
@@ -223,15 +252,16 @@ class OctaveLoss:
     """The loss of a refiner on the images of a run: each image's octave, noise levels and noise are its own.
 
     Args:
-        model, scheduler: as for `refiner_loss`.
+        model: as for `refiner_loss`.
+        scalings: `octave_scalings` of its configuration.
         seed: of the run.
         p_mean, p_std: mean and standard deviation of ln sigma.
 
     It is called as `TrainingLoss` is; class labels are not used.
     """
 
-    def __init__(self, model, scheduler, seed: int = 0, p_mean: float = -2.3, p_std: float = 1.4):
-        self.model, self.scheduler, self.seed, self.p_mean, self.p_std = model, scheduler, seed, p_mean, p_std
+    def __init__(self, model, scalings, seed: int = 0, p_mean: float = -2.3, p_std: float = 1.4):
+        self.model, self.scalings, self.seed, self.p_mean, self.p_std = model, scalings, seed, p_mean, p_std
 
     def __call__(
         self, images: torch.Tensor, numbers: Sequence[int], size: Size, class_labels: torch.Tensor | None = None
@@ -243,7 +273,7 @@ class OctaveLoss:
         low, high = map(math.log, TOLD_NOISE)
         told = torch.exp(low + (high - low) * uniforms[:, 0])
         coarse, noise = coarse_grids(size, uniforms[:, 1:]), normals[:, 9:].reshape(modes.shape)
-        return refiner_loss(self.model, self.scheduler, modes, coarse, sigma, told, noise)
+        return refiner_loss(self.model, self.scalings(tuple(size)), modes, coarse, sigma, told, noise)
 
 
 class ValidationLoss:
@@ -305,11 +335,12 @@ class ValidationLoss:
 class OctaveValidationLoss(ValidationLoss):
     """The same for a refiner: at each resolution the loss of its last full octave, from half the size.
 
-    The coarse pictures have the noise that they have in sampling.
+    The coarse pictures have the noise that they have in sampling. In place of a scheduler it takes `octave_scalings`.
     """
 
     def _loss(self, model, images, sigma, noise, class_labels) -> torch.Tensor:
+        scheduler = self.scheduler(tuple(images.shape[-2:]))
         half = [(side + 1) // 2 for side in images.shape[-2:]]
         coarse = torch.tensor([half], device=images.device).expand(len(images), 2)
         told = torch.full_like(sigma, SAMPLING_NOISE)
-        return refiner_loss(model, self.scheduler, to_modes(images, averaged=True), coarse, sigma, told, noise)
+        return refiner_loss(model, scheduler, to_modes(images, averaged=True), coarse, sigma, told, noise)

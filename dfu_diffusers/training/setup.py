@@ -6,10 +6,10 @@ import datetime
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
@@ -27,7 +27,16 @@ from .augment import GeometricAugment
 from .checkpoints import check_architecture, read_object
 from .ema import HalfLifeEMA
 from .freezing import freeze
-from .losses import OctaveLoss, OctaveValidationLoss, TrainingLoss, ValidationLoss, detail_std, fit_size
+from .losses import (
+    OctaveLoss,
+    OctaveValidationLoss,
+    TrainingLoss,
+    ValidationLoss,
+    detail_std,
+    fit_power_law,
+    fit_size,
+    octave_scalings,
+)
 from .options import Options
 from .step import WeightAverage, keep_freed_memory
 
@@ -200,20 +209,24 @@ class Data:
         """Number of training images; None for a stream."""
         return None if self.is_stream else len(self.train)
 
-    def detail_std(self) -> float:
-        """The deviation of the octaves' detail, over the resolutions as they are drawn."""
+    def detail_law(self) -> dict[str, float]:
+        """`detail_std` and `detail_exponent` of a refiner, fitted to the octaves of the resolutions as they are drawn
+        and to those before."""
         images, args = self.held_out if self.is_stream else self.train, self.args
         if images is None:
             raise ValueError("A stream is measured by its held-out images: give `detail_std`, or hold some out.")
-        powers = []
-        for size in args.resolutions:
+        octaves, weights = [], args.resolution_weights or [1] * len(args.resolutions)
+        for size, weight in zip(args.resolutions, weights):
             source = source_size(size, args.resolutions, args.source_resolution)
             items = images.__getitems__([(i, source) for i in range(min(len(images), MEASURED_IMAGES))])
-            powers.append(detail_std(fit_size(torch.stack([item["image"] for item in items]), size)) ** 2)
-        std = round(math.sqrt(np.average(powers, weights=args.resolution_weights)), 4)
-        if std == 0:
+            pictures = fit_size(torch.stack([item["image"] for item in items]), size)
+            half = tuple((side + 1) // 2 for side in size)
+            for grid in (size, half) if max(half) > 1 else (size,):
+                octaves.append((math.sqrt(math.prod(grid)), detail_std(pictures, grid), weight))
+        if min(std for _, std, _ in octaves) < 1e-6:
             raise ValueError(f"The pictures of {self.images} have no detail to learn: they are flat or enlarged.")
-        return std
+        std, exponent = fit_power_law(*zip(*octaves))
+        return {"detail_std": round(std, 4), "detail_exponent": round(exponent, 3)}
 
     def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
         """This process's micro-batches, in the sampler's order whatever the number of workers."""
@@ -243,8 +256,9 @@ def build_network(
     """A new network, the one to fine-tune, or with a checkpoint one that takes its weights; for a dry run one without
     contents."""
     if part == "refiner" and config.get("detail_std") is None:
-        saved = read_object(checkpoint / "config.json").get("detail_std") if checkpoint else None
-        config["detail_std"] = saved or data.detail_std()  # those of a checkpoint were perhaps other images
+        saved = read_object(checkpoint / "config.json") if checkpoint else {}
+        saved = {name: value for name, value in saved.items() if name in ("detail_std", "detail_exponent")}
+        config.update(saved or data.detail_law())  # those of a checkpoint were perhaps other images
     with torch.device("meta") if args.dry_run and not args.init_from else contextlib.nullcontext():
         network = _build_unet(args, config, data.num_classes) if part == "unet" else _build_refiner(args, config)
     if checkpoint:
@@ -318,11 +332,9 @@ def build_validation(args: Options, part: str, scalings, held_out) -> Validation
     return loss(held_out, args.resolutions, scalings, **options)
 
 
-def build_scalings(scheduler: EDMHeunScheduler, network: DFUModel | DFURefiner) -> EDMHeunScheduler:
-    """The scalings around the network: those of a refiner are for the deviation of its detail."""
-    if not isinstance(network, DFURefiner):
-        return scheduler
-    return EDMHeunScheduler.from_config(scheduler.config, sigma_data=network.config.detail_std)
+def build_scalings(scheduler: EDMHeunScheduler, network: DFUModel | DFURefiner) -> EDMHeunScheduler | Callable:
+    """The scalings around the network: those of a refiner are for the deviation of its detail at each size."""
+    return octave_scalings(network.config, scheduler) if isinstance(network, DFURefiner) else scheduler
 
 
 def build_optimizer(args: Options, network) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
