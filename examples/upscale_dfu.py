@@ -5,8 +5,9 @@
     python examples/upscale_dfu.py photo.jpg --model me/upscaler --height 1024 --noise_level 0.05
 
 A folder of a pipeline with a `refiner` needs no other model; without one the DFU model redraws the enlarged image.
-Where both sides at least double, each result averages to its input, cell by cell (--consistency asks for that at any
-factor, --no-consistency leaves it out).
+With a refiner the averages of the input hold at every step, and at integer factors the result has them to 1/255.
+Without one the result has them if both sides at least double. --consistency asks for that at any factor,
+--no-consistency leaves it out.
 Writes OUTPUT_DIR/portrait_86x86.png and so on (height x width).
 """
 
@@ -35,7 +36,8 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--consistency",
         action=argparse.BooleanOptionalAction,
-        help="whether the result averages to the input (default: from a factor of 2 on)",
+        help="whether the result averages to the input to 1/255 (default: with a refiner at integer factors, "
+        "without one from a factor of 2 on)",
     )
     add("--num_inference_steps", type=int, help="without a refiner, of the whole schedule (default: the pipeline's)")
     add("--output_dir", type=Path, default=Path("outputs/upscaled"))
