@@ -306,9 +306,13 @@ def test_the_deviation_of_an_octave_is_measured_on_larger_images_too():
 
 @pytest.mark.parametrize("exponent", [0, -0.3, 0.5])
 def test_the_power_law_of_detail_is_found(exponent):
-    sides = [12, 20, 32.5]
+    """And half of its exponent taken, around the centre of the sides."""
+    sides, weights = [12, 20, 32.5], [1, 5, 2]
     stds = [0.2 * (side / 64) ** exponent for side in sides]
-    assert fit_power_law(sides, stds, [1, 5, 2]) == pytest.approx((0.2, exponent))
+    std, half = fit_power_law(sides, stds, weights)
+    centre = math.exp(sum(w * math.log(side) for w, side in zip(weights, sides)) / sum(weights))
+    assert half == pytest.approx(exponent / 2)
+    assert std * (centre / 64) ** half == pytest.approx(0.2 * (centre / 64) ** exponent)
     assert fit_power_law([16, 16], [0.1, 0.1], [1, 2]) == pytest.approx((0.1, 0))
 
 
