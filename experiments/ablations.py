@@ -5,10 +5,11 @@
     python experiments/ablations.py refiner soft law --trunk ...     # only these, e.g. side by side on two cores
     python experiments/ablations.py trunk --refiner checkpoints/dfu-portraits
 
-Variants of the refiner, trained on portraits of 20 to 32 px, drawn from 32 to 256 px with the trunk of --trunk:
-    base      64 channels, 5 blocks, 48,000 pictures
-    law       the deviation of detail follows a power law of the side, measured on the training pictures
-    half      the same with half of its exponent
+Variants of the refiner, trained on portraits of 20 to 32 px (or to --largest 64), drawn at up to 8 times the size with
+the trunk of --trunk:
+    base      64 channels, 5 blocks, 48,000 pictures, one deviation of detail for all sides
+    law       the deviation of detail follows the power law that is measured on the training pictures
+    half      the same with half of its exponent, as in the trainer
     damped    the damping by pixels is not undone
     clean     the coarse picture always has the noise of sampling, in training, too
     soft      half of the pictures are blurred by up to 1.5 px: soft coarse pictures then mean little detail
@@ -27,7 +28,7 @@ import argparse
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,8 +54,7 @@ from pictures import CHECKPOINT
 
 BATCH = 32
 HELD_OUT = 10_001  # a series of portraits that no training of ours draws from
-DETAIL_STD = 0.13  # from 16 to 32 px
-EXPONENT = -0.155  # of the deviation of detail, from that of 8 to 16 px to that of 16 to 32 px
+DETAIL_STD = 0.13  # of portraits of 32 px
 MAX_BLUR = 1.5  # px
 METRICS = ("fd", "patch", "spectrum")
 COLUMNS = {"fd": "FD", "patch_fd": "patches", "spectrum": "spectrum"}
@@ -101,14 +101,15 @@ class Refiner:
 
     channels: int = 64
     blocks: int = 5
-    sides: dict[int, float] = field(default_factory=lambda: {20: 0.2, 26: 0.2, 32: 0.6})
+    sides: dict[int, float] | None = None  # default: those of SIDES
     law: float = 0.0  # share of the measured exponent
     pipeline: type = DFUPipeline
     change: Callable = staticmethod(lambda images, numbers: images)
     told: tuple[float, float] = losses.TOLD_NOISE
 
-    def build(self) -> DFURefiner:
-        exponent = self.law * EXPONENT
+    def build(self, sides: dict[int, float]) -> DFURefiner:
+        side = max(sides)
+        _, exponent = losses.detail_law(portraits(range(128), (side, side)), self.law)
         detail = dict(detail_std=DETAIL_STD * (DETAIL_SIDE / 32) ** exponent, detail_exponent=exponent)
         return DFURefiner(hidden_channels=self.channels, num_layers=self.blocks, **detail)
 
@@ -121,7 +122,7 @@ class Refiner:
 REFINERS = {
     "base": Refiner(),
     "law": Refiner(law=1.0),
-    "half": Refiner(law=0.5),
+    "half": Refiner(law=losses.LAW_SHARE),
     "damped": Refiner(pipeline=RawPipeline, change=lambda images, numbers: average_pixels(images)),
     "clean": Refiner(told=(losses.SAMPLING_NOISE, losses.SAMPLING_NOISE)),
     "soft": Refiner(change=soften),
@@ -130,6 +131,10 @@ REFINERS = {
     "wide": Refiner(channels=96, blocks=2),
     "deep": Refiner(channels=48, blocks=9),
     "narrow": Refiner(channels=32, blocks=5),
+}
+SIDES = {  # px, and how often they are drawn, by the largest
+    32: {20: 0.2, 26: 0.2, 32: 0.6},
+    64: {20: 0.1, 26: 0.1, 32: 0.35, 40: 0.08, 48: 0.07, 57: 0.07, 64: 0.23},
 }
 TRUNKS = {"spatial-16": 16, "dual-16": 16, "spatial-24": 24, "spatial-32": 32}  # and their grids, in px
 TRUNK = dict(block_out_channels=[64, 96, 128], layers_per_block=1, attention_levels=[1, 2], dropout=0.0)
@@ -158,11 +163,12 @@ def fit(network: nn.Module, loss_at: Callable[[int], torch.Tensor], steps: int, 
     return average.module.eval()
 
 
-def train_refiner(variant: Refiner, steps: int, title: str) -> DFURefiner:
-    network = variant.build().train()
+def train_refiner(variant: Refiner, largest: int, steps: int, title: str) -> DFURefiner:
+    shares_of = variant.sides or SIDES[largest]
+    network = variant.build(shares_of).train()
     loss = losses.OctaveLoss(network, losses.octave_scalings(network.config))
-    generator, sides = torch.Generator().manual_seed(0), list(variant.sides)
-    shares = torch.tensor(list(variant.sides.values()))
+    generator, sides = torch.Generator().manual_seed(0), list(shares_of)
+    shares = torch.tensor(list(shares_of.values()))
 
     def loss_at(step):
         side = sides[torch.multinomial(shares, 1, generator=generator).item()]
@@ -242,10 +248,10 @@ class Comparison:
 
 
 def compare_refiners(names: list[str], args) -> list[dict]:
-    comparison, rows = Comparison(args, 32), []
+    comparison, rows = Comparison(args, args.largest), []
     for name in names or REFINERS:
         variant = REFINERS[name]
-        train = functools.partial(train_refiner, variant, args.steps, name)
+        train = functools.partial(train_refiner, variant, args.largest, args.steps, name)
         refiner = trained(args.output_dir / f"refiner-{name}", DFURefiner, train)
         loss = None if variant.pipeline is RawPipeline else held_out_loss(refiner)
         pipe = variant.pipeline.from_pretrained(args.trunk, refiner=refiner)
@@ -271,16 +277,17 @@ def main(argv=None) -> list[dict]:
     add("variants", nargs="*", help="default: all")
     add("--trunk", type=Path, default=Path("outputs/experiment/octaves-0"), help="pipeline whose unet is the trunk")
     add("--refiner", type=Path, default=CHECKPOINT, help="pipeline whose refiner is taken")
+    add("--largest", type=int, choices=SIDES, default=32, help="side of the refiner's training pictures, px")
     add("--steps", type=count, default=1500, help=f"of {BATCH} pictures, for the first variant (default: %(default)s)")
-    add("--sides", nargs="+", type=count, help="px (default: 32 64 128 256 for the refiner, 64 for the trunk)")
+    add("--sides", nargs="+", type=count, help="px (default: --largest and 2, 4, 8 times it; 64 for the trunk)")
     add("--count", type=count, default=100, help="pictures of each row (default: %(default)s)")
     add("--threads", type=count, help="of the CPU (default: torch's own choice)")
-    add("--output_dir", type=Path, default=Path("outputs/ablations"))
+    add("--output_dir", type=Path, default=Path("outputs/ablations"), help="another one for each --largest")
     args = parse(parser, argv)
     compare, known = {"refiner": (compare_refiners, REFINERS), "trunk": (compare_trunks, TRUNKS)}[args.part]
     if unknown := set(args.variants) - set(known):
         parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    args.sides = args.sides or ([32, 64, 128, 256] if args.part == "refiner" else [64])
+    args.sides = args.sides or ([factor * args.largest for factor in (1, 2, 4, 8)] if args.part == "refiner" else [64])
     args.device, args.output = "cpu", args.output_dir / f"ablations_{args.part}"
     try:
         rows = compare(args.variants, args)

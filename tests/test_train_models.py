@@ -33,7 +33,7 @@ def test_flat_pictures_are_nothing_for_a_refiner(tmp_path, refiner_config):
     (tmp_path / "flat").mkdir()
     for i in range(3):
         Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
-    with pytest.raises(SystemExit, match="flat have no detail to learn: they are flat or enlarged"):
+    with pytest.raises(SystemExit, match="flat: the images have no detail to learn: they are flat or enlarged"):
         run(*TINY, *refiner_config, "--train_data_dir", tmp_path / "flat", "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ..data.resolutions import Size, source_size
 from ..models.modes import from_modes, share_beyond, to_modes
 from ..models.refiner import DETAIL_SIDE, octave_std
+from ..models.resampling import resample
 from ..schedulers.edm_heun import EDMHeunScheduler
 
 TOLD_NOISE = 0.003, 0.3  # range of the noise on a refiner's coarse picture
@@ -138,32 +139,42 @@ def octave_scalings(config, scheduler: EDMHeunScheduler | None = None) -> Callab
     return scalings
 
 
-def detail_std(images: torch.Tensor, size: Size | None = None) -> float:
-    """Deviation of the detail that pictures of `size` have beyond half of it, in units of white noise.
+def detail_std(images: torch.Tensor) -> float:
+    """Deviation of the detail of images beyond half their size, in units of white noise.
 
     Args:
         images: (batch, channels, height, width), averages over pixels, of at least 2 pixels.
-        size: at most that of the images, which is the default.
     """
-    size = tuple(size or images.shape[-2:])
+    size = tuple(images.shape[-2:])
     half = torch.tensor([[(side + 1) // 2 for side in size]])
-    power = (to_modes(images, size, averaged=True) * ~_lowest(size, half)).double().square().sum((2, 3)).mean().item()
+    power = (to_modes(images, averaged=True) * ~_lowest(size, half)).double().square().sum((2, 3)).mean().item()
     return math.sqrt(power / share_beyond(size, tuple(half[0].tolist())))
 
 
-def fit_power_law(sides: Sequence[float], stds: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """`detail_std` and `detail_exponent` of a refiner from deviations measured at some sides.
+def detail_law(images: torch.Tensor, share: float = LAW_SHARE) -> tuple[float, float]:
+    """`detail_std` and `detail_exponent` for a refiner of such images, measured at their size, and averaged down to a
+    half and a quarter of it.
 
-    The exponent is `LAW_SHARE` of that of weighted least squares in the logarithms; 0 if all sides are equal. With all
-    of it refiners drew too little detail beyond their training sizes, without it too much (docs/zero_shot.md).
+    The exponent is a share of that of least squares in the logarithms. With all of it refiners drew too little detail
+    beyond their training sizes, without it too much (docs/zero_shot.md).
 
-    >>> std, exponent = fit_power_law([32, 128], [0.4, 0.1], [1, 1])
-    >>> round(std, 6), round(exponent, 6)
-    (0.2, -0.5)
+    Args:
+        images: (batch, channels, height, width), averages over pixels.
+        share: of the measured exponent.
+
+    Raises:
+        ValueError: the images have no detail at one of the sizes.
     """
-    x, y = np.log(np.array(sides) / DETAIL_SIDE), np.log(stds)
-    exponent = LAW_SHARE * np.polyfit(x, y, 1, w=np.sqrt(weights))[0] if np.ptp(x) > 0 else 0
-    return math.exp(np.average(y - exponent * x, weights=weights)), float(exponent)
+    logs, stds = [], []
+    for factor in (1, 2, 4):
+        size = tuple(-(-side // factor) for side in images.shape[-2:])
+        if max(size) > 1:
+            logs.append(math.log(math.sqrt(math.prod(size)) / DETAIL_SIDE))
+            stds.append(detail_std(resample(images, size)))
+    if not min(stds) > 1e-6:
+        raise ValueError("the images have no detail to learn: they are flat or enlarged")
+    exponent = share * np.polyfit(logs, np.log(stds), 1)[0] if np.ptp(logs) > 0 else 0.0
+    return math.exp(np.mean(np.log(stds) - exponent * np.array(logs))), float(exponent)
 
 
 def fit_size(images: torch.Tensor, size: Size) -> torch.Tensor:

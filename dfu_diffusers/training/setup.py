@@ -32,9 +32,7 @@ from .losses import (
     OctaveValidationLoss,
     TrainingLoss,
     ValidationLoss,
-    detail_std,
-    fit_power_law,
-    fit_size,
+    detail_law,
     octave_scalings,
 )
 from .options import Options
@@ -210,22 +208,16 @@ class Data:
         return None if self.is_stream else len(self.train)
 
     def detail_law(self) -> dict[str, float]:
-        """`detail_std` and `detail_exponent` of a refiner, fitted to the octaves of the resolutions as they are drawn
-        and to those before."""
-        images, args = self.held_out if self.is_stream else self.train, self.args
+        """`detail_std` and `detail_exponent` of a refiner, measured on the largest pictures that are loaded."""
+        images = self.held_out if self.is_stream else self.train
         if images is None:
             raise ValueError("A stream is measured by its held-out images: give `detail_std`, or hold some out.")
-        octaves, weights = [], args.resolution_weights or [1] * len(args.resolutions)
-        for size, weight in zip(args.resolutions, weights):
-            source = source_size(size, args.resolutions, args.source_resolution)
-            items = images.__getitems__([(i, source) for i in range(min(len(images), MEASURED_IMAGES))])
-            pictures = fit_size(torch.stack([item["image"] for item in items]), size)
-            half = tuple((side + 1) // 2 for side in size)
-            for grid in (size, half) if max(half) > 1 else (size,):
-                octaves.append((math.sqrt(math.prod(grid)), detail_std(pictures, grid), weight))
-        if min(std for _, std, _ in octaves) < 1e-6:
-            raise ValueError(f"The pictures of {self.images} have no detail to learn: they are flat or enlarged.")
-        std, exponent = fit_power_law(*zip(*octaves))
+        largest = max(self.sizes, key=math.prod)
+        items = images.__getitems__([(i, largest) for i in range(min(len(images), MEASURED_IMAGES))])
+        try:
+            std, exponent = detail_law(torch.stack([item["image"] for item in items]))
+        except ValueError as error:
+            raise ValueError(f"{self.images}: {error}.") from error
         return {"detail_std": round(std, 4), "detail_exponent": round(exponent, 3)}
 
     def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
