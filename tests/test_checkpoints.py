@@ -170,10 +170,10 @@ def test_missing_ones_and_earlier_runs_are_named(save, tmp_path):
 def test_another_architecture_is_named_field_by_field(make_model, tmp_path):
     make_model().save_config(tmp_path)
     same = make_model(sample_size=99, dropout=0.5)
-    check_architecture(tmp_path, same.config)
+    check_architecture(tmp_path, same)
     other = make_model(fourier_modes=(2, 2, None), conv_type="spatial")
     with pytest.raises(CheckpointError) as error:
-        check_architecture(tmp_path, other.config)
+        check_architecture(tmp_path, other)
     assert "conv_type is dual there and spatial here" in str(error.value)
     assert "fourier_modes is [[4, 3], 2, None] there and [2, 2, None] here" in str(error.value)
     assert "sample_size" not in str(error.value) and "layers_per_block" not in str(error.value)

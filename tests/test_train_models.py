@@ -1,6 +1,7 @@
 """The training script with models of all kinds: refiners, models to fine-tune, and those it cannot train."""
 
 import csv
+import hashlib
 import json
 import shutil
 
@@ -44,6 +45,17 @@ def test_a_refiner_is_trained_and_resumed_and_goes_with_a_trunk(tmp_path, refine
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
     run(*options, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", "latest")
     assert_same(state(tmp_path / "resumed", 5), state(tmp_path / "whole", 5))
+    # One that was saved when all octaves had one deviation goes on with it.
+    config = json.loads((tmp_path / "whole" / "checkpoint-4" / "config.json").read_text())
+    del config["detail_exponent"]
+    older = tmp_path / "older" / "checkpoint-4"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", older)
+    (older / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((older / "manifest.json").read_text())
+    manifest["config.json"] = hashlib.sha256((older / "config.json").read_bytes()).hexdigest()
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    run(*options, "--output_dir", tmp_path / "older", "--resume_from_checkpoint", "latest")
+    assert DFUSuperResolutionPipeline.from_pretrained(tmp_path / "older").refiner.config.detail_exponent == 0
 
     upscaler = DFUSuperResolutionPipeline.from_pretrained(tmp_path / "whole")
     config = upscaler.refiner.config

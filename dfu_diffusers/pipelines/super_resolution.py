@@ -103,8 +103,8 @@ class DFUSuperResolutionPipeline(DFUPipeline):
             noise_level: standard deviation of the noise in the image, in [0, 2], where images are in [-1, 1]. The
                 refiner then relies less on the finest modes of the image. About 0.02 to 0.1 for compressed images.
                 Needs a refiner.
-            octave_steps: network calls of the refiner in each doubling of the sides. 1 gives the mean of all possible
-                results: nearest to the truth in squared error, but blurred.
+            octave_steps: network calls of the refiner in each doubling of the sides. 1 estimates the mean of all
+                possible results: nearer to the truth in squared error than a sample, but blurred.
             consistency: True: the result, area-averaged to the size of the image, equals the image to 1/255 in each
                 pixel, after clamping and rounding to 8 bits. If the factor is not an integer, there may be no such
                 result in [0, 1]; a warning then says by how much it differs. False: the refiner takes the modes of

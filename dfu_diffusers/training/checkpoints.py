@@ -8,6 +8,7 @@ manifest.json and flushed to the disk, and it takes its name last. One whose fil
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -340,17 +341,19 @@ def _last_whole(checkpoints: list[Path], output: Path) -> Path:
     raise CheckpointError(f"{'; '.join(problems)}. No other one is intact.")
 
 
-def check_architecture(folder: Path, config: dict) -> None:
-    """Refuse a checkpoint whose model, by its config.json, differs from `config` in what its weights mean.
+def check_architecture(folder: Path, model) -> None:
+    """Refuse a checkpoint whose model, by its config.json, differs from `model` in what its weights mean. Fields that
+    did not exist when it was saved have their defaults.
 
     Raises:
         CheckpointError: names the fields that differ, with both values.
     """
-    saved = read_object(folder / "config.json")
+    defaults = {name: each.default for name, each in inspect.signature(type(model).__init__).parameters.items()}
+    saved = defaults | read_object(folder / "config.json")
     free = {"sample_size", "coarse_size", "coarse_sizes", "dropout"}  # none changes what trained weights compute
     differing = [
         f"{name} is {saved.get(name)} there and {json.loads(json.dumps(value))} here"
-        for name, value in config.items()
+        for name, value in model.config.items()
         if not name.startswith("_") and name not in free and saved.get(name) != json.loads(json.dumps(value))
     ]
     if differing:

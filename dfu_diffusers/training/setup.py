@@ -254,7 +254,7 @@ def build_network(
     with torch.device("meta") if args.dry_run and not args.init_from else contextlib.nullcontext():
         network = _build_unet(args, config, data.num_classes) if part == "unet" else _build_refiner(args, config)
     if checkpoint:
-        check_architecture(checkpoint, network.config)
+        check_architecture(checkpoint, network)
     if args.freeze:
         freeze(network, args.freeze)
     if args.gradient_checkpointing and not args.dry_run:
