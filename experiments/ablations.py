@@ -53,7 +53,7 @@ from dfu_diffusers.training import losses
 from pictures import CHECKPOINT
 
 BATCH = 32
-HELD_OUT = 10_001  # a series of portraits that no training of ours draws from
+HELD_OUT, HELD_OUT_IMAGES = 10_001, 256  # a series of portraits that no training of ours draws from
 DETAIL_STD = 0.13  # of portraits of 32 px
 MAX_BLUR = 1.5  # px
 METRICS = ("fd", "patch", "spectrum")
@@ -197,7 +197,7 @@ def train_trunk(name: str, steps: int) -> DFUModel:
 
 def held_out_loss(refiner: DFURefiner) -> float:
     """From 16 to 32 px, the coarse pictures with the noise of sampling."""
-    data, size = PortraitDataset(256, seed=HELD_OUT), (32, 32)
+    data, size = PortraitDataset(HELD_OUT_IMAGES, seed=HELD_OUT), (32, 32)
     scalings = losses.octave_scalings(refiner.config)
     loss = losses.OctaveValidationLoss(data, [size], scalings, p_mean=-2.3, p_std=1.4)
     return loss(refiner)[size][0].item()

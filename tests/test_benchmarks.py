@@ -20,9 +20,11 @@ from benchmarks import bench_layer, bench_model, bench_pipeline, bench_train, la
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.tables import report
+from dfu_diffusers.models.refiner import octave_std
 from dfu_diffusers.models.spectral import SpectralConv2d
 from examples import evaluate_dfu, train_dfu
 from experiments import (
+    ablations,
     compare_precisions,
     distill_guidance,
     experiment,
@@ -346,6 +348,48 @@ def test_octaves_are_measured_at_many_sizes(tmp_path, monkeypatch, capsys, few_s
     assert Image.open(tmp_path / "out" / "octaves.png").size == (2 * 258 + 514, 16 + 2 * 4 * (256 + 16 + 2))
     monkeypatch.setattr(octaves.ModelSource, "draw", None)  # which would fail: all is kept
     assert octaves.main(options) == rows
+
+
+@pytest.mark.parametrize("part, variants", [("refiner", ["half", "damped"]), ("trunk", ["dual-16"])])
+def test_variants_are_trained_and_compared(tmp_path, monkeypatch, few_steps, part, variants):
+    few_steps(2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(ablations, "load_extractor", lambda *_: Means())
+    monkeypatch.setattr(ablations, "BATCH", 2)
+    monkeypatch.setattr(ablations, "HELD_OUT_IMAGES", 4)
+    monkeypatch.setattr(ablations, "TRUNK", {**ablations.TRUNK, "block_out_channels": [8, 8, 8], "norm_num_groups": 4})
+    unet, refiner = small_unet(sample_size=16), DFURefiner(hidden_channels=8, num_layers=1)
+    DFUPipeline(unet, EDMHeunScheduler(), refiner=refiner).save_pretrained(tmp_path / "model")
+    folders = ["--trunk", tmp_path / "model", "--refiner", tmp_path / "model", "--output_dir", tmp_path / "out"]
+    options = [part, *variants, *map(str, folders), "--sides", "32", "--steps", "1", "--count", "5"]
+    rows = ablations.main(options)
+    assert [row["variant"] for row in rows] == [*variants, "real"]
+    assert all(row["FD"] >= 0 and "power, 16 to 32 px" in row for row in rows)
+    if part == "refiner":
+        assert [row["loss"] is None for row in rows] == [False, True, True]
+    table = (tmp_path / "out" / f"ablations_{part}.md").read_text()
+    assert all(f"| {name} |" in table for name in variants)
+    for kind in (ablations.ModelSource, ablations.Portraits):
+        monkeypatch.setattr(kind, "draw", None)  # which would fail: all is kept
+    monkeypatch.setattr(ablations, "fit", None)
+    assert ablations.main(options) == rows
+
+
+def test_what_the_variants_of_the_refiner_change():
+    images = ablations.portraits(range(40), (32, 32))
+    soft = ablations.soften(images, range(40))
+    unchanged = torch.tensor([torch.allclose(a, b, atol=1e-5) for a, b in zip(images, soft)])
+    assert 8 < unchanged.sum() < 32
+    sharpness = (soft[~unchanged].diff(dim=3).square().mean() / images[~unchanged].diff(dim=3).square().mean()).item()
+    assert 0.2 < sharpness < 0.9
+    faint = ablations.recolour(images, range(40))
+    shares = faint.std((2, 3)) / images.std((2, 3))
+    torch.testing.assert_close(shares, shares[:, :1].expand(-1, 3), rtol=1e-3, atol=0)
+    assert 0.1 <= shares.min() and shares.max() <= 1 and faint.abs().max() <= 1
+    config = ablations.REFINERS["law"].build(ablations.SIDES[32]).config
+    half = ablations.REFINERS["half"].build(ablations.SIDES[32]).config
+    assert config.detail_exponent == pytest.approx(2 * half.detail_exponent) and half.detail_exponent < 0
+    assert octave_std(config, (32, 32)) == pytest.approx(ablations.DETAIL_STD)
 
 
 def test_octaves_need_a_refiner(tmp_path, capsys):
