@@ -2,7 +2,7 @@
 """Which choices in the design of octaves pay? Small networks, each trained with one choice changed, at equal cost.
 
     python experiments/ablations.py refiner --trunk outputs/experiment/octaves-0
-    python experiments/ablations.py refiner soft law --trunk ...     # only these, e.g. side by side on two cores
+    python experiments/ablations.py refiner soft law --trunk outputs/experiment/octaves-0    # only these
     python experiments/ablations.py trunk --refiner checkpoints/dfu-portraits
 
 Variants of the refiner, trained on portraits of 20 to 32 px (or to --largest 64), drawn at up to 8 times the size with
@@ -10,18 +10,19 @@ the trunk of --trunk:
     base      64 channels, 5 blocks, 48,000 pictures, one deviation of detail for all sides
     law       the deviation of detail follows the power law that is measured on the training pictures
     half      the same with half of its exponent, as in the trainer
-    damped    the damping by pixels is not undone
+    damped    the damping by pixels is not undone (the trunk's is)
     clean     the coarse picture always has the noise of sampling, in training, too
     soft      half of the pictures are blurred by up to 1.5 px: soft coarse pictures then mean little detail
     recolour  pictures of 0.1 to 1 of their contrast, around a random colour
-    small     half of the pictures are of 10 to 14 px: one octave more
+    small     half of the pictures are of 10 to 14 px: one octave more (with --largest 32)
     wide      96 channels, 2 blocks
     deep      48 channels, 9 blocks
     narrow    32 channels, 5 blocks
 Variants of the trunk, trained on portraits cut to the modes of its grid, drawn at 64 px with the refiner of --refiner:
     spatial-16, dual-16, spatial-24, spatial-32
-Networks see pictures in inverse proportion to the cost of one. Columns: those of experiments/octaves.py, and the loss
-of a refiner on held-out portraits, from 16 to 32 px. The same command goes on where it was stopped.
+Refiners see pictures in inverse proportion to their parameters, trunks in inverse proportion to the pixels of their
+grid. Columns: those of experiments/octaves.py, and the loss of a refiner on held-out portraits, from 16 to 32 px. The
+same command goes on where it was stopped.
 """
 
 import argparse
@@ -47,8 +48,14 @@ from dfu_diffusers.evaluation.metrics import octave_power
 from dfu_diffusers.evaluation.report import Compared, measure
 from dfu_diffusers.evaluation.sources import EvaluationError, ModelSource, Portraits
 from dfu_diffusers.evaluation.tables import parse, report
-from dfu_diffusers.models.modes import average_pixels, from_modes, octave_sizes, to_modes, unaverage_pixels
-from dfu_diffusers.models.refiner import DETAIL_SIDE
+from dfu_diffusers.models.modes import (
+    DETAIL_SIDE,
+    average_pixels,
+    from_modes,
+    octave_sizes,
+    to_modes,
+    unaverage_pixels,
+)
 from dfu_diffusers.training import losses
 from pictures import CHECKPOINT
 
@@ -147,7 +154,7 @@ TRUNK = dict(block_out_channels=[64, 96, 128], layers_per_block=1, attention_lev
 def fit(network: nn.Module, loss_at: Callable[[int], torch.Tensor], steps: int, title: str) -> nn.Module:
     """Train in bfloat16; the average of the weights. `loss_at` gives the losses of a step's pictures."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)  # beta1 cycles, too
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     progress = tqdm(range(steps), desc=title, unit="step")
     for step in progress:
@@ -205,7 +212,7 @@ def held_out_loss(refiner: DFURefiner) -> float:
 
 def trained(folder: Path, network: type, train: Callable[[], nn.Module]) -> nn.Module:
     """The network that was saved in the folder, or else a new one, which is saved there."""
-    if not (folder / "config.json").exists():
+    if not list(folder.glob("*.safetensors")):  # which are saved last
         train().save_pretrained(folder)
     return network.from_pretrained(folder).eval()
 
@@ -224,7 +231,8 @@ class Comparison:
 
     def collect(self, name: str, source, side: int, start: int = 0) -> Collection:
         size = (side, side)
-        folder = self.args.output_dir / "samples" / f"{name}-{start}" / format_resolution(size)
+        samples = f"samples-{self.args.part}-{self.training_size[0]}"
+        folder = self.args.output_dir / samples / f"{name}-{start}" / format_resolution(size)
         samples = Collection(folder, source, size, range(start, start + self.args.count), self.features)
         return samples.complete(self.accelerator, 10, f"{name} {format_resolution(size)}")
 
@@ -247,24 +255,37 @@ class Comparison:
         return [self.row("real", Portraits(), side, self.args.count) for side in self.args.sides]
 
 
+def component(folder: str, option: str, name: str) -> nn.Module:
+    """The unet or refiner of a saved pipeline."""
+    try:
+        found = getattr(DFUPipeline.from_pretrained(folder), name)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{option} {folder} cannot be loaded as a pipeline: {error}") from error
+    if found is None:
+        raise EvaluationError(f"{option} {folder} has no {name}: name another pipeline.")
+    return found
+
+
 def compare_refiners(names: list[str], args) -> list[dict]:
+    trunk = component(args.trunk, "--trunk", "unet")
     comparison, rows = Comparison(args, args.largest), []
     for name in names or REFINERS:
         variant = REFINERS[name]
         train = functools.partial(train_refiner, variant, args.largest, args.steps, name)
-        refiner = trained(args.output_dir / f"refiner-{name}", DFURefiner, train)
+        folder = args.output_dir / f"refiner-{name}-{args.largest}px-{args.steps}"
+        refiner = trained(folder, DFURefiner, train)
         loss = None if variant.pipeline is RawPipeline else held_out_loss(refiner)
-        pipe = variant.pipeline.from_pretrained(args.trunk, refiner=refiner)
+        pipe = variant.pipeline(trunk.float(), EDMHeunScheduler(), refiner=refiner)
         rows += [row | {"loss": loss} for row in comparison.rows(name, pipe)]
     return rows + comparison.floor()
 
 
 def compare_trunks(names: list[str], args) -> list[dict]:
+    refiner = component(args.refiner, "--refiner", "refiner")
     comparison, rows = Comparison(args, 64), []
-    refiner = DFUPipeline.from_pretrained(args.refiner).refiner
     for name in names or TRUNKS:
         train = functools.partial(train_trunk, name, args.steps)
-        trunk = trained(args.output_dir / f"trunk-{name}", DFUModel, train)
+        trunk = trained(args.output_dir / f"trunk-{name}-{args.steps}", DFUModel, train)
         rows += comparison.rows(name, DFUPipeline(trunk, EDMHeunScheduler(), refiner=refiner))
     return rows + comparison.floor()
 
@@ -275,18 +296,20 @@ def main(argv=None) -> list[dict]:
     add = parser.add_argument
     add("part", choices=["refiner", "trunk"])
     add("variants", nargs="*", help="default: all")
-    add("--trunk", type=Path, default=Path("outputs/experiment/octaves-0"), help="pipeline whose unet is the trunk")
-    add("--refiner", type=Path, default=CHECKPOINT, help="pipeline whose refiner is taken")
+    add("--trunk", default="outputs/experiment/octaves-0", help="pipeline whose unet is the trunk")
+    add("--refiner", default=str(CHECKPOINT), help="pipeline whose refiner is taken")
     add("--largest", type=int, choices=SIDES, default=32, help="side of the refiner's training pictures, px")
     add("--steps", type=count, default=1500, help=f"of {BATCH} pictures, for the first variant (default: %(default)s)")
     add("--sides", nargs="+", type=count, help="px (default: --largest and 2, 4, 8 times it; 64 for the trunk)")
     add("--count", type=count, default=100, help="pictures of each row (default: %(default)s)")
     add("--threads", type=count, help="of the CPU (default: torch's own choice)")
-    add("--output_dir", type=Path, default=Path("outputs/ablations"), help="another one for each --largest")
+    add("--output_dir", type=Path, default=Path("outputs/ablations"), help="of one process at a time")
     args = parse(parser, argv)
     compare, known = {"refiner": (compare_refiners, REFINERS), "trunk": (compare_trunks, TRUNKS)}[args.part]
     if unknown := set(args.variants) - set(known):
         parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if args.largest != 32 and "small" in (args.variants or known) and args.part == "refiner":
+        parser.error("the variant small is for --largest 32: name the others")
     args.sides = args.sides or ([factor * args.largest for factor in (1, 2, 4, 8)] if args.part == "refiner" else [64])
     args.device, args.output = "cpu", args.output_dir / f"ablations_{args.part}"
     try:

@@ -77,6 +77,11 @@ def main(argv=None) -> DFURefiner:
     channels = strong.config.in_channels, weak.config.in_channels
     if set(channels) != {3}:
         parser.error(f"portraits have 3 channels, but --model and --guide take {channels[0]} and {channels[1]}")
+    laws = [(model.config.detail_std, model.config.detail_exponent) for model in (strong, weak)]
+    if laws[0] != laws[1]:
+        parser.error(
+            f"--model and --guide must have one detail_std and detail_exponent, but have {laws[0]} and {laws[1]}"
+        )
     student = copy.deepcopy(strong).train()
     distillation = Distillation(student, strong, weak, args.guidance_scale)
     loss = OctaveLoss(distillation, octave_scalings(strong.config))

@@ -20,7 +20,7 @@ from benchmarks import bench_layer, bench_model, bench_pipeline, bench_train, la
 from dfu_diffusers import DFUModel, DFUPipeline, DFURefiner, EDMHeunScheduler
 from dfu_diffusers.evaluation.extractors import load_extractor
 from dfu_diffusers.evaluation.tables import report
-from dfu_diffusers.models.refiner import octave_std
+from dfu_diffusers.models.modes import average_pixels, octave_std
 from dfu_diffusers.models.spectral import SpectralConv2d
 from examples import evaluate_dfu, train_dfu
 from experiments import (
@@ -373,6 +373,38 @@ def test_variants_are_trained_and_compared(tmp_path, monkeypatch, few_steps, par
         monkeypatch.setattr(kind, "draw", None)  # which would fail: all is kept
     monkeypatch.setattr(ablations, "fit", None)
     assert ablations.main(options) == rows
+
+
+def test_what_the_ablations_need_is_told_before_training(tmp_path, monkeypatch, capsys):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(ablations, "fit", None)  # training would fail
+    DFUPipeline(small_unet(sample_size=16), EDMHeunScheduler()).save_pretrained(tmp_path / "model")
+    wrong = {
+        ("trunk", "--refiner", str(tmp_path / "model")): "has no refiner: name another pipeline",
+        ("refiner", "--trunk", str(tmp_path / "nothing")): "nothing cannot be loaded as a pipeline",
+        ("refiner", "large"): "no such variant: large; there are base, law",
+        ("refiner", "--largest", "64"): "small is for --largest 32",
+    }
+    for options, message in wrong.items():
+        with pytest.raises(SystemExit):
+            ablations.main([*options, "--output_dir", str(tmp_path / "out")])
+        assert message in capsys.readouterr().err
+
+
+def test_changes_of_training_and_drawing_are_in_force_and_undone(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(ablations, "fit", lambda network, *_: told.append(ablations.losses.TOLD_NOISE) or network)
+    usual = ablations.losses.TOLD_NOISE
+    refiner = ablations.train_refiner(ablations.REFINERS["clean"], 32, 1, "clean")
+    assert told == [(0.01, 0.01)] and ablations.losses.TOLD_NOISE == usual
+    parts = small_unet(sample_size=16).eval(), EDMHeunScheduler()
+    options = dict(height=20, width=20, num_inference_steps=1, octave_steps=1, output_type="latent")
+    pictures = []
+    for kind in (DFUPipeline, ablations.RawPipeline):
+        pipe = kind(*parts, refiner=refiner)
+        pipe.set_progress_bar_config(disable=True)
+        pictures.append(pipe(generator=torch.Generator().manual_seed(0), **options).images)
+    torch.testing.assert_close(average_pixels(pictures[1]), pictures[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_variants_of_the_refiner_change():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import draw, redraw
 
 from dfu_diffusers import DFURefiner, EDMHeunScheduler
-from dfu_diffusers.models.modes import average_pixels, from_modes
+from dfu_diffusers.models.modes import average_pixels, from_modes, octave_std
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.pipelines.octaves import octave_scheduler
 from dfu_diffusers.training.augment import GeometricAugment
@@ -316,8 +316,13 @@ def test_the_power_law_of_detail_is_found(exponent):
 
 
 def test_the_power_law_of_flat_and_of_tiny_images():
-    with pytest.raises(ValueError, match="no detail to learn"):
+    with pytest.raises(ValueError, match=r"no detail to learn \(deviation"):
         detail_law(torch.ones(2, 3, 8, 8))
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(5, 3, 8, 8)  # of which averages leave nothing
+    std, exponent = detail_law(stripes)
+    assert std == pytest.approx(detail_std(stripes)) and exponent == 0
+    std, exponent = detail_law(stripes + 0.01 * draw(5, 3, 8, 8))
+    assert exponent == 1  # not 2.5, which no larger pictures have
     std, exponent = detail_law(draw(50, 1, 2, 1))
     assert std > 0 and exponent == 0
 
@@ -370,9 +375,12 @@ def test_a_refiner_learns():
 
 
 def test_validation_of_octaves_is_the_loss_from_half_the_size():
-    model = make_refiner().eval()
+    model = make_refiner(detail_exponent=-0.4).eval()
     scalings = octave_scalings(model.config)
     validation = OctaveValidationLoss(HeldOut(), [(8, 8), (5, 12)], scalings, p_mean=-2.3, p_std=1.4, bins=2)
+    one_std = octave_scalings({"detail_std": octave_std(model.config, (5, 12))})
+    alone = OctaveValidationLoss(HeldOut(), [(5, 12)], one_std, p_mean=-2.3, p_std=1.4, bins=2)
+    assert torch.equal(alone(model)[5, 12], validation(model)[5, 12])
     first, second = validation(model), validation(model)
     assert list(first) == [(8, 8), (5, 12)] and all(torch.equal(first[size], second[size]) for size in first)
     assert all(values.shape == (3,) and values.isfinite().all() for values in first.values())

@@ -20,8 +20,16 @@ from PIL import Image
 from sampling import GaussianDenoiser, assert_near, relative_error, sample, seeded, silent, spy
 
 from dfu_diffusers import DFUInpaintPipeline, DFUPipeline, DFUSuperResolutionPipeline, EDMHeunScheduler
-from dfu_diffusers.models.modes import beyond, cell_averages, from_modes, num_modes, octave_sizes, to_modes
-from dfu_diffusers.models.refiner import DFURefinerOutput, octave_std
+from dfu_diffusers.models.modes import (
+    beyond,
+    cell_averages,
+    from_modes,
+    num_modes,
+    octave_sizes,
+    octave_std,
+    to_modes,
+)
+from dfu_diffusers.models.refiner import DFURefinerOutput
 from dfu_diffusers.models.resampling import resample
 from dfu_diffusers.pipelines import dfu
 from dfu_diffusers.pipelines.octaves import NestedNoise, refine_in_strips

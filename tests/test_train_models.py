@@ -34,9 +34,23 @@ def test_flat_pictures_are_nothing_for_a_refiner(tmp_path, refiner_config):
     (tmp_path / "flat").mkdir()
     for i in range(3):
         Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
-    with pytest.raises(SystemExit, match="flat: the images have no detail to learn: they are flat or enlarged"):
+    with pytest.raises(
+        SystemExit,
+        match="flat: the images have no detail to learn .*: they are flat or enlarged. Take larger originals",
+    ):
         run(*TINY, *refiner_config, "--train_data_dir", tmp_path / "flat", "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_law_of_detail_is_given_whole_or_measured(tmp_path, refiner_config):
+    config = {"_class_name": "DFURefiner", "hidden_channels": 8, "num_layers": 1, "detail_exponent": -0.4}
+    (tmp_path / "refiner.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="`detail_exponent` -0.4, but no `detail_std`: give both, or none"):
+        run(*TINY, *refiner_config, "--output_dir", tmp_path / "run")
+    (tmp_path / "refiner.json").write_text(json.dumps(config | {"detail_std": 0.2, "detail_exponent": None}))
+    run(*TINY, *refiner_config, "--max_train_steps", "1", "--output_dir", tmp_path / "run")
+    config = DFUSuperResolutionPipeline.from_pretrained(tmp_path / "run").refiner.config
+    assert (config.detail_std, config.detail_exponent) == (0.2, 0)
 
 
 def test_a_refiner_is_trained_and_resumed_and_goes_with_a_trunk(tmp_path, refiner_config):

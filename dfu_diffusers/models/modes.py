@@ -21,6 +21,7 @@ import torch
 from .cache import TensorCache
 
 Axes = tuple[bool, bool]
+DETAIL_SIDE = 64  # px, the side of the pictures for which the `detail_std` of a refiner is given
 
 
 def num_modes(n: int, periodic: bool = False) -> int:
@@ -167,6 +168,18 @@ def octave_sizes(size: tuple[int, int], base: tuple[int, int]) -> list[tuple[int
     while sizes[-1] != tuple(size):
         sizes.append(tuple(min(2 * last, side) for last, side in zip(sizes[-1], size)))
     return sizes
+
+
+def octave_std(config, size: tuple[int, int]) -> float:
+    """The deviation that a refiner of this configuration expects of the detail of a picture of (height, width), in
+    units of white noise: `detail_std` at 64 px, and a power law of the side. Edges alone have an exponent of -1/2:
+    their share of the pixels halves from octave to octave.
+
+    >>> octave_std({"detail_std": 0.1, "detail_exponent": -0.25}, (1024, 1024))
+    0.05
+    """
+    side = math.sqrt(math.prod(size))
+    return config["detail_std"] * (side / DETAIL_SIDE) ** config.get("detail_exponent", 0)
 
 
 def _response(counts, size, periodic, device) -> torch.Tensor:

@@ -20,7 +20,6 @@ from .lora import LoRAMixin
 NOISE_CHANNELS = 64  # sinusoids that encode a noise level
 EMBEDDING_CHANNELS = 256
 PICTURE_STD = 0.5  # standard deviation of the coarse picture
-DETAIL_SIDE = 64  # px, the side of the pictures for which `detail_std` is given
 
 
 @dataclass
@@ -75,8 +74,8 @@ class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         num_layers: residual blocks of two 3x3 convolutions.
         detail_std: standard deviation of the coefficients of detail of a picture of 64 px, in units of white noise:
             the sigma_data of EDM for this model.
-        detail_exponent: it changes with the side of the picture, sqrt(height * width), to the power of this; negative
-            where detail gets weaker from octave to octave. See `octave_std`.
+        detail_exponent: exponent of the power law by which this deviation follows the side of the picture,
+            sqrt(height * width): negative where detail gets weaker from octave to octave, 0 for one deviation.
         sigma_max: noise level from which detail is sampled.
         sample_size: side, in px, that pipelines generate by default: the largest training size.
         coarse_size: side, in px, of the smallest coarse picture in training.
@@ -217,18 +216,6 @@ class DFURefiner(SafetensorsMixin, ModelMixin, ConfigMixin, LoRAMixin):
         if not torch.is_tensor(coarse_noise) and not 0 < coarse_noise < math.inf:
             raise ValueError(f"`coarse_noise` must be positive, but got {coarse_noise!r}: 0.01 for a clean picture.")
         check_tileable(tileable)
-
-
-def octave_std(config, size: tuple[int, int]) -> float:
-    """The standard deviation of detail that a refiner of this configuration adds to a picture of (height, width): a
-    power law of the side, measured on the training pictures, which holds for larger ones, too. Edges alone have an
-    exponent of -1/2: their share of the pixels halves from octave to octave.
-
-    >>> round(octave_std(DFURefiner(hidden_channels=8, detail_std=0.1, detail_exponent=-0.25).config, (1024, 1024)), 6)
-    0.05
-    """
-    side = math.sqrt(math.prod(size))
-    return config["detail_std"] * (side / DETAIL_SIDE) ** config.get("detail_exponent", 0)
 
 
 def _wrap(x: torch.Tensor, margin: int, dim: int) -> torch.Tensor:

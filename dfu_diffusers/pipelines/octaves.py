@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 
-from ..models.modes import Axes, from_modes, mode_basis, num_modes, to_modes, transform
-from ..models.refiner import octave_std
+from ..models.modes import Axes, from_modes, mode_basis, num_modes, octave_std, to_modes, transform
 from .noise import nested_normals
 
 COARSE_NOISE = 0.01  # standard deviation of the noise added to the coarse picture; the refiner is told this value

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from ..data.resolutions import Size, source_size
-from ..models.modes import from_modes, share_beyond, to_modes
-from ..models.refiner import DETAIL_SIDE, octave_std
+from ..models.modes import DETAIL_SIDE, from_modes, octave_std, share_beyond, to_modes
 from ..models.resampling import resample
 from ..schedulers.edm_heun import EDMHeunScheduler
 
 TOLD_NOISE = 0.003, 0.3  # range of the noise on a refiner's coarse picture
 SAMPLING_NOISE = 0.01  # the noise on it when pictures are generated
+MIN_DETAIL_STD = 1e-3  # of images with detail; a level of 8 bits is 8e-3
 LAW_SHARE = 0.5  # of the measured exponent of detail: the refiner itself sees that finer octaves have fewer edges
 
 
@@ -155,26 +155,28 @@ def detail_law(images: torch.Tensor, share: float = LAW_SHARE) -> tuple[float, f
     """`detail_std` and `detail_exponent` for a refiner of such images, measured at their size, and averaged down to a
     half and a quarter of it.
 
-    The exponent is a share of that of least squares in the logarithms. With all of it refiners drew too little detail
-    beyond their training sizes, without it too much (docs/zero_shot.md).
+    The exponent is a share of that of least squares in the logarithms, at most 1 in size. With all of it refiners drew
+    too little detail beyond their training sizes, without it too much (docs/zero_shot.md).
 
     Args:
-        images: (batch, channels, height, width), averages over pixels.
+        images: (batch, channels, height, width), averages over pixels, of at least 2 pixels.
         share: of the measured exponent.
 
     Raises:
-        ValueError: the images have no detail at one of the sizes.
+        ValueError: the images have no detail.
     """
     logs, stds = [], []
     for factor in (1, 2, 4):
         size = tuple(-(-side // factor) for side in images.shape[-2:])
-        if max(size) > 1:
+        std = detail_std(resample(images, size)) if max(size) > 1 else 0
+        if std > MIN_DETAIL_STD:
             logs.append(math.log(math.sqrt(math.prod(size)) / DETAIL_SIDE))
-            stds.append(detail_std(resample(images, size)))
-    if not min(stds) > 1e-6:
-        raise ValueError("the images have no detail to learn: they are flat or enlarged")
-    exponent = share * np.polyfit(logs, np.log(stds), 1)[0] if np.ptp(logs) > 0 else 0.0
-    return math.exp(np.mean(np.log(stds) - exponent * np.array(logs))), float(exponent)
+            stds.append(std)
+        elif factor == 1:
+            raise ValueError(f"the images have no detail to learn (deviation {std:.1g}): they are flat or enlarged")
+    slope = np.polyfit(logs, np.log(stds), 1)[0] if np.ptp(logs) > 0 else 0.0
+    exponent = float(np.clip(share * slope, -1, 1))
+    return math.exp(np.mean(np.log(stds) - exponent * np.array(logs))), exponent
 
 
 def fit_size(images: torch.Tensor, size: Size) -> torch.Tensor:

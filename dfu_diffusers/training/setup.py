@@ -217,7 +217,9 @@ class Data:
         try:
             std, exponent = detail_law(torch.stack([item["image"] for item in items]))
         except ValueError as error:
-            raise ValueError(f"{self.images}: {error}.") from error
+            raise ValueError(
+                f"{self.images}: {error}. Take larger originals, or give `detail_std` in the model configuration."
+            ) from error
         return {"detail_std": round(std, 4), "detail_exponent": round(exponent, 3)}
 
     def loader(self, sampler: MixedResolutionBatchSampler, pin_memory: bool) -> DataLoader:
@@ -247,10 +249,8 @@ def build_network(
 ) -> DFUModel | DFURefiner:
     """A new network, the one to fine-tune, or with a checkpoint one that takes its weights; for a dry run one without
     contents."""
-    if part == "refiner" and config.get("detail_std") is None:
-        saved = read_object(checkpoint / "config.json") if checkpoint else {}
-        saved = {name: value for name, value in saved.items() if name in ("detail_std", "detail_exponent")}
-        config.update(saved or data.detail_law())  # those of a checkpoint were perhaps other images
+    if part == "refiner":
+        config = _complete_detail(config, data, checkpoint)
     with torch.device("meta") if args.dry_run and not args.init_from else contextlib.nullcontext():
         network = _build_unet(args, config, data.num_classes) if part == "unet" else _build_refiner(args, config)
     if checkpoint:
@@ -262,6 +262,22 @@ def build_network(
     if args.torch_compile and not args.dry_run:
         network.compile_repeated_blocks()
     return network
+
+
+def _complete_detail(config: dict, data: Data, checkpoint: Path | None) -> dict:
+    """The configuration of a refiner with the law of its detail: that given, or of the checkpoint, or measured."""
+    names = "detail_std", "detail_exponent"
+    config = {name: value for name, value in config.items() if name not in names or value is not None}
+    if "detail_std" in config:
+        return config
+    if "detail_exponent" in config:
+        raise ValueError(
+            f"The model configuration has `detail_exponent` {config['detail_exponent']!r}, but no `detail_std`: give "
+            "both, or none to have them measured."
+        )
+    saved = read_object(checkpoint / "config.json") if checkpoint else {}
+    saved = {name: saved[name] for name in names if name in saved}
+    return config | (saved or data.detail_law())  # a checkpoint perhaps saw other images
 
 
 def _build_unet(args: Options, config: dict, num_classes: int | None) -> DFUModel:
@@ -305,7 +321,7 @@ def build_scheduler(args: Options) -> EDMHeunScheduler:
 
 
 def build_loss(args: Options, part: str, model, scalings, num_classes: int | None) -> TrainingLoss | OctaveLoss:
-    """The loss of a prepared model, whose scalings are those of a scheduler."""
+    """The loss of a prepared model around which there are these scalings."""
     noise = dict(seed=args.seed, p_mean=args.p_mean, p_std=args.p_std)
     if part == "refiner":
         return OctaveLoss(model, scalings, **noise)
