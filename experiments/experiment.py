@@ -407,17 +407,21 @@ def verdict(found: list[tuple[str, list[float], list[float]]]) -> str:
     return "yes" if all(better) else "no" if all(worse) else "mixed"
 
 
-def report(output: Path, budget: Budget, results: Path) -> None:
+def report(budget: Budget, args: argparse.Namespace) -> None:
+    """Writes experiment.md and so on, or experiment_NAME.md for the data of a folder of this name."""
+    output, results = args.output_dir, args.results_dir
     found = read_results(output)
     rows, facts = rows_of(found), found["near"]
     results.mkdir(parents=True, exist_ok=True)
-    write_csv(results / "experiment.csv", rows)
-    plot(rows, results / "experiment_curves.png", budget.largest)
-    picture(load(output / "dual-0"), load(output / "spatial-0")).save(results / "experiment_samples.png")
+    name = f"experiment_{args.data_dir.name}" if args.data_dir else "experiment"
+    write_csv(results / f"{name}.csv", rows)
+    plot(rows, results / f"{name}_curves.png", budget.largest)
+    picture(load(output / "dual-0"), load(output / "spatial-0")).save(results / f"{name}_samples.png")
     options = facts["options"]
     sizes, versions = ", ".join(map(str, budget.resolutions)), facts["versions"]
+    data = f", --data_dir {args.data_dir} --extractor {args.extractor}" if args.data_dir else ""
     setting = (
-        f"By `python experiments/experiment.py train`, `evaluate` and `report`: trained at {sizes} px for "
+        f"By `python experiments/experiment.py train`, `evaluate` and `report`{data}: trained at {sizes} px for "
         f"{budget.steps:,} steps of {budget.batch_size} (octaves: {budget.octave_steps[0]:,} of the trunk, "
         f"{budget.octave_steps[1]:,} of the refiner); {budget.images} images a size from seeds 0 to "
         f"{budget.images - 1}, {options['num_inference_steps']} Heun steps; {facts['device']}, {options['dtype']}, "
@@ -426,7 +430,7 @@ def report(output: Path, budget: Budget, results: Path) -> None:
     measured = {column: heading for column, heading in COLUMNS.items() if by_kind(rows, column)}
     parts = [setting, "", *(table(rows, column, heading, budget) for column, heading in measured.items())]
     text = "\n".join([*parts, claims(rows, budget)])
-    (results / "experiment.md").write_text(f"# Beyond the training sizes\n\n{text}", encoding="utf-8")
+    (results / f"{name}.md").write_text(f"# Beyond the training sizes\n\n{text}", encoding="utf-8")
     print(text)
 
 
@@ -459,7 +463,7 @@ def main(argv=None) -> None:
     elif args.stage == "evaluate":
         evaluate(names, budget, args)
     else:
-        report(args.output_dir, budget, args.results_dir)
+        report(budget, args)
 
 
 if __name__ == "__main__":
