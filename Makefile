@@ -46,8 +46,10 @@ test: $(PASSED)  ## Run the tests, except the slow ones. FORCE_TESTS=1 runs them
 # What it leaves out is another package's doing: diffusers 0.40 offloads groups only where there is an accelerator.
 test-oldest:  ## Run the tests with the oldest releases that setup.py admits: constraints-oldest.txt.
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ALSO=transformers .venv-oldest/installed-test
-	.venv-oldest/bin/python -m pytest --deselect tests/test_modeling_dfu.py::test_offloading \
-		--deselect tests/test_interoperability.py::test_group_offload_of_a_pipeline
+	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+		--deselect tests/test_modeling_dfu.py::test_offloading \
+		--deselect tests/test_interoperability.py::test_group_offload_of_a_pipeline \
+		--deselect tests/test_interoperability.py::test_group_offload_with_lora
 
 test-slow: $(VENV)/installed-test  ## Run the slow tests alone.
 	$(PY) -m pytest -m slow

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files import flush_to_disk
 from .options import Options, public_options
+from .step import unwrap
 
 logger = logging.getLogger(__name__)
 PARTIAL, REMOVED, MANIFEST, LOCK = "partial-checkpoint", "removed-checkpoint", "manifest.json", ".lock"
@@ -68,7 +69,7 @@ def load_state(accelerator: Accelerator, model, optimizer, folder: Path) -> None
     if accelerator.distributed_type in SHARDED:
         accelerator.load_state(str(folder))
         return
-    accelerator.unwrap_model(model, keep_torch_compile=False).load_state_dict(load_file(folder / WEIGHTS))
+    unwrap(accelerator, model).load_state_dict(load_file(folder / WEIGHTS))
     settings, state = read_object(folder / SETTINGS), {}
     for key, value in {**load_file(folder / MOMENTS), **settings["numbers"]}.items():
         index, name = key.split(".", 1)

@@ -29,6 +29,12 @@ def place_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
+def unwrap(accelerator: Accelerator, model):
+    """The model that Accelerate prepared, without what it was wrapped in, `torch.compile` included."""
+    model = accelerator.unwrap_model(model)
+    return getattr(model, "_orig_mod", model)
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that tensors on the CPU leave behind for those of the next step; with glibc,
     elsewhere nothing happens. Whether it was done.
@@ -114,7 +120,7 @@ class WeightAverage:
         if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("DeepSpeed's zero_stage: 3 spreads each weight: use stage 1 or 2, or FSDP.")
         self.accelerator = accelerator
-        self.parameters = dict(accelerator.unwrap_model(model, keep_torch_compile=False).named_parameters())
+        self.parameters = dict(unwrap(accelerator, model).named_parameters())
         holds_a_share = accelerator.is_main_process or kind == DistributedType.FSDP
         self.average = make(list(self.parameters.values())) if holds_a_share else None
 
