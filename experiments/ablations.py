@@ -57,10 +57,10 @@ from dfu_diffusers.models.modes import (
     unaverage_pixels,
 )
 from dfu_diffusers.training import losses
-from pictures import CHECKPOINT
+from pictures import CHECKPOINT, HELD_OUT
 
 BATCH = 32
-HELD_OUT, HELD_OUT_IMAGES = 10_001, 256  # a series of portraits that no training of ours draws from
+HELD_OUT_IMAGES = 256
 DETAIL_STD = 0.13  # of portraits of 32 px
 MAX_BLUR = 1.5  # px
 METRICS = ("fd", "patch", "spectrum")
@@ -275,7 +275,7 @@ def compare_refiners(names: list[str], args) -> list[dict]:
         folder = args.output_dir / f"refiner-{name}-{args.largest}px-{args.steps}"
         refiner = trained(folder, DFURefiner, train)
         loss = None if variant.pipeline is RawPipeline else held_out_loss(refiner)
-        pipe = variant.pipeline(trunk.float(), EDMHeunScheduler(), refiner=refiner)
+        pipe = variant.pipeline(trunk, EDMHeunScheduler(), refiner=refiner)
         rows += [row | {"loss": loss} for row in comparison.rows(name, pipe)]
     return rows + comparison.floor()
 

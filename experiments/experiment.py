@@ -413,7 +413,7 @@ def report(budget: Budget, args: argparse.Namespace) -> None:
     found = read_results(output)
     rows, facts = rows_of(found), found["near"]
     results.mkdir(parents=True, exist_ok=True)
-    name = f"experiment_{args.data_dir.name}" if args.data_dir else "experiment"
+    name = f"experiment_{args.data_dir.resolve().name}" if args.data_dir else "experiment"
     write_csv(results / f"{name}.csv", rows)
     plot(rows, results / f"{name}_curves.png", budget.largest)
     picture(load(output / "dual-0"), load(output / "spatial-0")).save(results / f"{name}_samples.png")

@@ -16,9 +16,7 @@ from dfu_diffusers.data.portraits import portrait_parameters, render_portraits
 from dfu_diffusers.data.resolutions import parse_resolution
 from dfu_diffusers.evaluation.tables import markdown
 from dfu_diffusers.training.losses import edm_loss
-from pictures import CHECKPOINT
-
-HELD_OUT = 10_001  # a series of portraits that no training of ours draws from
+from pictures import CHECKPOINT, HELD_OUT
 
 
 @torch.no_grad()

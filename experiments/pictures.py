@@ -12,6 +12,7 @@ from dfu_diffusers.evaluation.sources import HELD_OUT_SERIES, to_bytes
 from dfu_diffusers.models.resampling import resample
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "dfu-portraits"
+HELD_OUT = 10_001  # a series of portraits that no training of ours draws from, for losses
 FINEST = 512  # px, what is averaged to all sizes
 
 
